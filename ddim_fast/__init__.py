@@ -1,0 +1,1 @@
+"""A drop-in `DDIMPipeline`, rebuilt for speed."""

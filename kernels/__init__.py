@@ -1,0 +1,1 @@
+"""Triton kernels as PyTorch operators (`torch.ops.ddim_fast`)."""
