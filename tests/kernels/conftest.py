@@ -1,0 +1,25 @@
+"""Fixtures of the kernel tests; puts this folder on the path, so that its test files can `from support import ...`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that PyTorch hands out uninitialised holds NaN (integers: their maximum): unwritten elements show.
+
+    For a whole file: `pytestmark = pytest.mark.usefixtures("poisoned_memory")`.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
