@@ -1,0 +1,403 @@
+"""`DDIMScheduler`: the noise schedule, the timesteps, and one DDIM update (Song et al. 2021, arXiv:2010.02502).
+
+ᾱ_t is `alphas_cumprod[t]`, the share of the image's variance that is left at timestep t; σ_t is the standard deviation
+of the noise an update adds.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+import torch
+
+from .config import Configured, register_to_config
+from .noise import randn_tensor
+from .outputs import Output
+from .schedules import Timesteps, check_timesteps, make_betas, own_betas, rescale_zero_terminal_snr, spaced_timesteps
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quad")
+PREVIOUS_TIMESTEPS = ("stride", "schedule")
+
+# Entries of the configs of diffusers' DDPM and PNDM schedulers, old versions included, that DDIM has no use for.
+OTHER_SCHEDULERS_ENTRIES = frozenset({"variance_type", "skip_prk_steps", "timestep_values", "tensor_format"})
+
+S = TypeVar("S", bound="DDIMScheduler")
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class DDIMSchedulerOutput(Output):
+    """What `step` returns: x_{t-1}, and the x₀ predicted at this step, both with the sample's shape."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class DDIMScheduler(Configured):
+    """Noise schedule and update of DDIM; a drop-in for `diffusers.DDIMScheduler`.
+
+    Args:
+        num_train_timesteps: T, the number of timesteps the model was trained with.
+        beta_start, beta_end: the first and the last β.
+        beta_schedule: "linear" (DDPM), "scaled_linear" (linear in sqrt(β)) or "squaredcos_cap_v2" (cosine,
+            arXiv:2102.09672, which needs neither beta_start nor beta_end).
+        trained_betas: own βs, at least T of them, in place of a schedule.
+        clip_sample: clip the predicted x₀ to ±`clip_sample_range`.
+        set_alpha_to_one: ᾱ after the last step is 1; else it is ᾱ_0.
+        steps_offset: added to the timesteps of the spacings that start at 0, "leading" and "quad".
+        prediction_type: what the model predicts: "epsilon" (the noise), "sample" (x₀) or "v_prediction"
+            (arXiv:2202.00512).
+        thresholding: dynamic thresholding of x₀ (arXiv:2205.11487) in place of clipping, at the quantile
+            `dynamic_thresholding_ratio`, at most `sample_max_value`.
+        timestep_spacing: "leading", "linspace" or "trailing" (arXiv:2305.08891, table 2), or "quad": t grows with
+            the square of the step's number up to 0.8 T, as the original DDIM code spaces CIFAR-10. Where rounding
+            down repeats a value (50 steps start 0, 0, 1, 3), quad takes the next free timestep.
+        rescale_betas_zero_snr: rescale the βs so that ᾱ_{T-1} is 0 (arXiv:2305.08891, algorithm 1).
+        previous_timestep: where a step leads. "stride" is t - T // S, as in diffusers: the schedule's next entry for
+            "leading", but not for "linspace" and "trailing". "schedule" is the next entry of the schedule, and ᾱ after
+            the last step as above. Schedules with no stride, "quad" and own `timesteps`, always take the next entry.
+
+    Raises:
+        ValueError, NotImplementedError (beta_schedule): an argument is not one of those above.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | np.ndarray | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        *,
+        previous_timestep: str = "stride",
+    ) -> None:
+        _check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        _check_one_of("previous_timestep", previous_timestep, PREVIOUS_TIMESTEPS)
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        if trained_betas is None:
+            self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+        else:
+            # A list is what JSON can hold, and what configs can be compared by.
+            values = np.asarray(trained_betas, dtype=np.float64).tolist()
+            self.register_to_config(trained_betas=values)
+            self.betas = own_betas(values, num_train_timesteps)
+        if rescale_betas_zero_snr:
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._next_entry: dict[int, int] | None = None
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+    @classmethod
+    def from_config(cls: type[S], config: Mapping[str, Any], **overrides: Any) -> S:
+        """Build a scheduler from `config`: ours, or that of a diffusers DDIM, DDPM or PNDM scheduler.
+
+        As in diffusers, entries that only hold the defaults of the class that wrote them give way to DDIM's, and
+        entries that DDIM has no use for, such as DDPM's `variance_type`, stay in the config. Entries that no such
+        scheduler has are kept too, and named in a warning once.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config must be a mapping such as `scheduler.config`, got {type(config).__name__}")
+        defaults = {"_use_default_values", *config.get("_use_default_values", ())}
+        entries = {name: value for name, value in config.items() if name not in defaults} | overrides
+        # Configs older than `prediction_type` say it this way.
+        if entries.pop("predict_epsilon", True) is False:
+            entries.setdefault("prediction_type", "sample")
+        kept = {name: entries.pop(name) for name in OTHER_SCHEDULERS_ENTRIES & entries.keys()}
+        if "_class_name" in entries:
+            entries["_class_name"] = "DDIMScheduler"
+        scheduler = super().from_config(entries)
+        scheduler.register_to_config(**kept)
+        return scheduler
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S], pretrained_model_name_or_path: str | PathLike[str], subfolder: str | None = None, **options: Any
+    ) -> S:
+        """Load a scheduler from a folder or the Hub; see `ddim_fast.checkpoints.load_scheduler` for the options."""
+        from .checkpoints import load_scheduler
+
+        return cls.from_config(load_scheduler(pretrained_model_name_or_path, subfolder=subfolder, **options).config)
+
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
+        """Write `scheduler_config.json` into `save_directory`; diffusers loads it too."""
+        from .checkpoints import save_scheduler
+
+        save_scheduler(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the scheduler to the Hub; see `ddim_fast.checkpoints.push_to_hub` for the options."""
+        from .checkpoints import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        timesteps: Timesteps | None = None,
+    ) -> None:
+        """Choose the timesteps to sample at, and put them on `device` as `self.timesteps`, int64 (S,), decreasing.
+
+        Args:
+            num_inference_steps: S, from 1 to `num_train_timesteps`.
+            timesteps: an own schedule instead, strictly decreasing integers in 0 to `num_train_timesteps` - 1.
+
+        Raises:
+            ValueError, TypeError: neither is given, or one is not as above.
+        """
+        entries, uneven = self._schedule(num_inference_steps, timesteps)
+        self.num_inference_steps = len(entries)
+        self.timesteps = torch.tensor(entries, dtype=torch.int64, device=device)
+        self._next_entry = dict(zip(entries, [*entries[1:], -1], strict=True)) if uneven else None
+
+    def _schedule(self, num_inference_steps: int | None, timesteps: Timesteps | None) -> tuple[list[int], bool]:
+        """The timesteps, and whether a step leads to the next of them (True) or one stride down."""
+        config = self.config
+        if timesteps is not None:
+            entries = check_timesteps(timesteps, config.num_train_timesteps)
+            if num_inference_steps is not None and num_inference_steps != len(entries):
+                raise ValueError(
+                    f"num_inference_steps is {num_inference_steps}, but timesteps has {len(entries)} entries; "
+                    "pass only one of them"
+                )
+            return entries, True
+        if num_inference_steps is None:
+            raise ValueError("num_inference_steps is None and there are no timesteps; pass one of them")
+        try:
+            steps = operator.index(num_inference_steps)
+        except TypeError:
+            raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}") from None
+        if not 1 <= steps <= config.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps must be 1 to num_train_timesteps={config.num_train_timesteps}, got {steps}"
+            )
+        entries = spaced_timesteps(config.timestep_spacing, steps, config.num_train_timesteps, config.steps_offset)
+        if entries[0] >= config.num_train_timesteps or entries[-1] < 0:
+            raise ValueError(
+                f"with steps_offset={config.steps_offset} and num_inference_steps={steps} the timesteps run from "
+                f"{entries[0]} to {entries[-1]}, outside 0 to {config.num_train_timesteps - 1}; take fewer steps "
+                "or steps_offset=0"
+            )
+        return entries, config.timestep_spacing == "quad" or config.previous_timestep == "schedule"
+
+    def _previous_timestep(self, timestep: int) -> int:
+        """Where the update at `timestep` leads; negative: to the image."""
+        if self.num_inference_steps is None:
+            raise ValueError("the scheduler has no timesteps yet; call set_timesteps(num_inference_steps) before step")
+        if not 0 <= timestep < len(self.alphas_cumprod):
+            raise ValueError(f"timestep must be 0 to {len(self.alphas_cumprod) - 1}, got {timestep}")
+        if self._next_entry is None:
+            return timestep - int(self.config.num_train_timesteps) // self.num_inference_steps
+        if timestep not in self._next_entry:
+            raise ValueError(
+                f"timestep {timestep} is not in the schedule, so its next entry is unknown; "
+                f"step through scheduler.timesteps: {list(self._next_entry)}"
+            )
+        return self._next_entry[timestep]
+
+    def _alpha_prods(self, timestep: int | torch.Tensor, previous: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """ᾱ at `timestep` and at `previous`, where anything negative means after the last step."""
+        final = self.final_alpha_cumprod.to(self.alphas_cumprod).reshape(1)
+        prods = torch.cat([self.alphas_cumprod, final])
+        return prods[torch.as_tensor(timestep)], prods[torch.as_tensor(previous).clamp(min=-1)]
+
+    def _get_variance(self, timestep: int | torch.Tensor, prev_timestep: int | torch.Tensor) -> torch.Tensor:
+        """σ² at eta 1: (1 - ᾱ_prev) / (1 - ᾱ_t) · (1 - ᾱ_t / ᾱ_prev), equation 16 of the paper."""
+        prod, prod_prev = self._alpha_prods(timestep, prev_timestep)
+        return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
+
+    def _coefficients(
+        self, timestep: int | torch.Tensor, previous: int | torch.Tensor, eta: float
+    ) -> tuple[torch.Tensor, ...]:
+        """The first five columns of `step_table`, float32, with the shape of `timestep`.
+
+        `step` and `step_table` both come here, so that they agree to the bit.
+        """
+        if not math.isfinite(eta):
+            raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
+        prod, prod_prev = self._alpha_prods(timestep, previous)
+        sigma = eta * self._get_variance(timestep, previous) ** 0.5
+        direction = (1 - prod_prev - sigma**2) ** 0.5
+        return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
+
+    def step_table(
+        self, num_inference_steps: int | None, eta: float, timesteps: Timesteps | None = None
+    ) -> torch.Tensor:
+        """Everything the updates of a whole schedule need, as data: float32 (S, 8) on the CPU, one row a step.
+
+        The columns are sqrt(ᾱ_t), sqrt(1 - ᾱ_t), sqrt(ᾱ_prev), sqrt(1 - ᾱ_prev - σ²), σ, t, the step's index and 0.
+        With c0 to c4 for the first five, the model's output m and the sample x, `step` computes x₀ and e as
+        (x - c1·m) / c0 and m ("epsilon"), m and (x - c0·m) / c1 ("sample"), or c0·x - c1·m and c0·m + c1·x
+        ("v_prediction"); clips x₀; and returns c2·x₀ + c3·e + c4·noise. `self` stays as it is.
+
+        Args:
+            num_inference_steps: S; None with `timesteps`.
+            eta: η of equation 16: 0 is DDIM, 1 is DDPM. As in diffusers, values below 0 add no noise, and values
+                above 1 can make the direction's radicand negative, which is NaN.
+            timesteps: an own schedule; see `set_timesteps`.
+
+        Raises:
+            ValueError, TypeError: `eta` is not finite, or the schedule is wrong; see `set_timesteps`.
+        """
+        entries, uneven = self._schedule(num_inference_steps, timesteps)
+        timestep = torch.tensor(entries)
+        if uneven:
+            previous = torch.tensor([*entries[1:], -1])
+        else:
+            previous = timestep - int(self.config.num_train_timesteps) // len(entries)
+        coefficients = torch.stack(self._coefficients(timestep, previous, eta), dim=1).to("cpu", torch.float32)
+        counts = torch.stack([timestep, torch.arange(len(entries)), torch.zeros_like(timestep)], dim=1)
+        return torch.cat([coefficients, counts.float()], dim=1)
+
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = ...,
+        use_clipped_model_output: bool | None = ...,
+        generator: Generators = ...,
+        variance_noise: torch.Tensor | None = ...,
+        return_dict: Literal[True] = ...,
+    ) -> DDIMSchedulerOutput: ...
+
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = ...,
+        use_clipped_model_output: bool | None = ...,
+        generator: Generators = ...,
+        variance_noise: torch.Tensor | None = ...,
+        *,
+        return_dict: bool,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]: ...
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = False,
+        generator: Generators = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One update, from x_t to the sample at the previous timestep (equations 12 and 16 of the paper).
+
+        Args:
+            model_output: what the model predicts, as `prediction_type` says; the shape of `sample`.
+            timestep: t, an integer or a tensor with one.
+            sample: x_t, (B, C, ...), floating point of any dtype.
+            eta: 0 is DDIM (deterministic), 1 is DDPM.
+            use_clipped_model_output: take the noise from the clipped x₀ again.
+            generator: draws the noise when `eta` > 0; see `ddim_fast.noise.randn_tensor`.
+            variance_noise: the noise itself, in place of `generator`.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+
+        Raises:
+            ValueError: `set_timesteps` was not called, `timestep` is outside the schedule, `model_output` has another
+                shape than `sample`, `eta` is not finite, or both `generator` and `variance_noise` are given.
+        """
+        config = self.config
+        timestep = int(timestep)
+        previous = self._previous_timestep(timestep)
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has the shape {tuple(model_output.shape)}, but sample {tuple(sample.shape)}; "
+                "for a model that predicts its variance too, pass the half of the channels that predicts the mean"
+            )
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise ValueError("generator and variance_noise exclude each other: pass one of them")
+        sqrt_prod, sqrt_rest, sqrt_prod_prev, direction, sigma = self._coefficients(timestep, previous, eta)
+
+        if config.prediction_type == "epsilon":
+            original, epsilon = (sample - sqrt_rest * model_output) / sqrt_prod, model_output
+        elif config.prediction_type == "sample":
+            original, epsilon = model_output, (sample - sqrt_prod * model_output) / sqrt_rest
+        else:
+            original = sqrt_prod * sample - sqrt_rest * model_output
+            epsilon = sqrt_prod * model_output + sqrt_rest * sample
+
+        if config.thresholding:
+            original = self._threshold_sample(original)
+        elif config.clip_sample:
+            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
+        if use_clipped_model_output:
+            epsilon = (sample - sqrt_prod * original) / sqrt_rest
+
+        prev_sample = sqrt_prod_prev * original + direction * epsilon
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
+            prev_sample = prev_sample + sigma * variance_noise
+        if not return_dict:
+            return prev_sample, original
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
+
+    def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Dynamic thresholding (arXiv:2205.11487, section 2.3) of x₀, (B, C, ...), each image for itself."""
+        # PyTorch takes quantiles of float32 and float64 only.
+        wide = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
+        flat = wide.flatten(1)
+        limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+        limit = limit.clamp(min=1, max=self.config.sample_max_value)
+        return (flat.clamp(-limit, limit) / limit).reshape(sample.shape).to(sample.dtype)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """`sample` itself: DDIM does not scale what the model reads."""
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(ᾱ_t) x₀ + sqrt(1 - ᾱ_t) ε, with one timestep an image: `timesteps` is an integer tensor (B,)."""
+        sqrt_prod, sqrt_rest = self._signal_and_noise(original_samples, timesteps)
+        return sqrt_prod * original_samples + sqrt_rest * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x₀, what a v_prediction model learns; `timesteps` as in `add_noise`."""
+        sqrt_prod, sqrt_rest = self._signal_and_noise(sample, timesteps)
+        return sqrt_prod * noise - sqrt_rest * sample
+
+    def _signal_and_noise(self, sample: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        prods = self.alphas_cumprod.to(sample.device, sample.dtype)[timesteps.to(sample.device)]
+        prods = prods.reshape(-1, *[1] * (sample.ndim - 1))
+        return prods**0.5, (1 - prods) ** 0.5
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
