@@ -1,0 +1,158 @@
+"""3x3 convolutions over NHWC on the CPU: Winograd or oneDNN's direct one, whichever costs less for the shape.
+
+Weights are packed once, in the form that the first shape asks for; another form is packed when another shape needs it.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .winograd import WinogradWeight, plain_transform, upsample_transform, winograd_conv3x3, winograd_weight
+
+
+@dataclass
+class PackedConv:
+    """A 3x3 filter (Cout, Cin, 3, 3) and the packed forms made of it so far; `upsample`: behind a nearest 2x one."""
+
+    weight: Tensor
+    upsample: bool = False
+    forms: dict[str, Tensor | WinogradWeight] = field(default_factory=dict)
+
+
+def pack_conv3x3(weight: Tensor) -> PackedConv:
+    """Pack the filter (Cout, Cin, 3, 3) of a conv with stride 1 and padding 1; nothing is copied before first use."""
+    return PackedConv(weight.detach())
+
+
+def pack_upsample_conv(weight: Tensor) -> PackedConv:
+    """Pack the filter (Cout, Cin, 3, 3) of a conv, stride 1 and padding 1, that follows nearest 2x upsampling."""
+    return PackedConv(weight.detach(), upsample=True)
+
+
+@cache
+def has_onednn_conv() -> bool:
+    """Whether PyTorch offers oneDNN's convolution on packed weights, which saves packing them at every call."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
+    """`winograd` or `direct`, by predicted time."""
+    tiles = batch * -(-height // 4) * -(-width // 4) * (4 if upsample else 1)
+    return "winograd" if tiles >= 64 and min(in_channels, out_channels) >= 32 else "direct"
+
+
+def conv3x3(
+    x: Tensor,
+    packed: PackedConv,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale_factor: float = 1.0,
+    out: Tensor | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """(conv(x) + bias + residual) / output_scale_factor for a 3x3 filter, stride 1, padding 1.
+
+    Args:
+        x: (B, H, W, Cin) on the CPU, each image dense, the batch stride free; float32, or the weight's dtype.
+        packed: from `pack_conv3x3`, or from `pack_upsample_conv`: the conv then reads x upsampled 2x (nearest).
+        bias: (Cout,) or (B, Cout).
+        residual: like the result; it may be `out`.
+        output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
+        out: (B, H', W', Cout) to write to, each image dense.
+        exact: keep to the direct conv, whose rounding error is 2 to 4 times smaller than Winograd's.
+
+    Returns:
+        (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
+    """
+    out_channels, in_channels = packed.weight.shape[:2]
+    batch, height, width, _ = x.shape
+    if (
+        not exact
+        and x.dtype == torch.float32
+        and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
+    ):
+        return winograd_conv3x3(
+            x,
+            _winograd(packed),
+            bias=None if bias is None else bias.float(),
+            residual=residual,
+            output_scale_factor=output_scale_factor,
+            out=out,
+        )
+    shared = None if bias is None or (bias.ndim == 2 and bias.shape[0] > 1) else bias.reshape(-1).to(x.dtype)
+    result = _direct_upsample(x, packed, shared) if packed.upsample else _direct(x, packed, shared)
+    if bias is not None and shared is None:
+        result.add_(bias[:, None, None].to(x.dtype))
+    if residual is not None:
+        result.add_(residual)
+    if output_scale_factor != 1.0:
+        result.div_(output_scale_factor)
+    return result if out is None else out.copy_(result)
+
+
+def upsample_conv(
+    x: Tensor, packed: PackedConv, bias: Tensor | None = None, *, out: Tensor | None = None, exact: bool = False
+) -> Tensor:
+    """conv3x3 of x (B, H, W, Cin) upsampled 2x (nearest): (B, 2H, 2W, Cout); `packed` from `pack_upsample_conv`."""
+    return conv3x3(x, packed, bias=bias, out=out, exact=exact)
+
+
+def _winograd(packed: PackedConv) -> WinogradWeight:
+    form = packed.forms.get("winograd")
+    if not isinstance(form, WinogradWeight):
+        transform = upsample_transform() if packed.upsample else plain_transform()
+        form = packed.forms["winograd"] = winograd_weight(packed.weight, transform)
+    return form
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(B, H, W, C) seen as a channels-last (B, C, H, W), also where sizes of 1 make the strides ambiguous."""
+    batch, height, width, channels = x.shape
+    return x.as_strided((batch, channels, height, width), (x.stride(0), 1, width * channels, channels))
+
+
+def _onednn(x: Tensor, packed: PackedConv, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Direct conv with padding 1 of x (B, H, W, Cin) as (B, H', W', Cout); `weight`: what to pack, if not yet."""
+    planes = _planes(x)
+    form = packed.forms.get(name)
+    if not isinstance(form, Tensor):
+        assert weight is not None
+        form = weight.contiguous(memory_format=torch.channels_last)
+        if has_onednn_conv() and x.dtype == torch.float32:
+            form = torch.ops.mkldnn._reorder_convolution_weight(
+                form.float(), [1, 1], [1, 1], [1, 1], 1, list(planes.shape)
+            )
+        packed.forms[name] = form
+    if form.is_mkldnn:
+        result = torch.ops.mkldnn._convolution_pointwise(planes, form, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+    else:
+        result = F.conv2d(planes, form.to(x.dtype), bias, padding=1)
+    return result.permute(0, 2, 3, 1).contiguous()
+
+
+def _direct(x: Tensor, packed: PackedConv, bias: Tensor | None) -> Tensor:
+    name = f"direct {x.dtype}"
+    return _onednn(x, packed, name, None if name in packed.forms else packed.weight, bias)
+
+
+def _direct_upsample(x: Tensor, packed: PackedConv, bias: Tensor | None) -> Tensor:
+    """One 2x2 conv whose 4 * Cout channels are the four phases: the taps that fall on one small pixel are summed."""
+    name = f"direct {x.dtype}"
+    out_channels = packed.weight.shape[0]
+    batch, height, width, _ = x.shape
+    weight = None
+    if name not in packed.forms:
+        taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, packed.weight.float())
+        weight = phases.flatten(0, 2).to(packed.weight.dtype)
+    stacked = _onednn(x, packed, name, weight, None if bias is None else bias.repeat(4))
+    stacked = stacked.view(batch, height + 1, width + 1, 2, 2, out_channels)
+    result = x.new_empty(batch, height, 2, width, 2, out_channels)
+    for a in range(2):
+        for b in range(2):
+            result[:, :, a, :, b].copy_(stacked[:, a : a + height, b : b + width, a, b])
+    return result.view(batch, 2 * height, 2 * width, out_channels)
