@@ -1,0 +1,63 @@
+"""Configs and weight names of older releases of diffusers, in today's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_UNET_ENTRIES = {
+    "image_size": "sample_size",
+    "num_res_blocks": "layers_per_block",
+    "block_channels": "block_out_channels",
+    "down_blocks": "down_block_types",
+    "up_blocks": "up_block_types",
+    "downscale_freq_shift": "freq_shift",
+    "resnet_num_groups": "norm_num_groups",
+    "resnet_act_fn": "act_fn",
+    "resnet_eps": "norm_eps",
+    "num_head_channels": "attention_head_dim",
+}
+_SCHEDULER_ENTRIES = {"timesteps": "num_train_timesteps"}
+_TOP_MODULES = {
+    "time_steps": "time_proj",
+    "mid": "mid_block",
+    "downsample_blocks": "down_blocks",
+    "upsample_blocks": "up_blocks",
+}
+
+
+def modernize_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Renamed entries under today's names; a block type `UNetResDownBlock2D` is today's `DownBlock2D`."""
+    entries = _renamed(config, _UNET_ENTRIES)
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(entries.get(name), list):
+            entries[name] = [str(kind).replace("UNetRes", "") for kind in entries[name]]
+    return entries
+
+
+def modernize_scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Renamed entries under today's names."""
+    return _renamed(config, _SCHEDULER_ENTRIES)
+
+
+def modernize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the first releases under today's module names, without their duplicates.
+
+    There a resampling conv was registered twice, as `conv` and as `op` or `Conv2d_0`.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        top, _, rest = name.partition(".")
+        renamed[f"{_TOP_MODULES.get(top, top)}.{rest}" if rest else name] = tensor
+    twins = {name: name.replace(".op.", ".conv.").replace(".Conv2d_0.", ".conv.") for name in renamed}
+    return {name: tensor for name, tensor in renamed.items() if twins[name] == name or twins[name] not in renamed}
+
+
+def _renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    entries = dict(config)
+    for old, new in names.items():
+        if old in entries:
+            entries.setdefault(new, entries.pop(old))
+    return entries

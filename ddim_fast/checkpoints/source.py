@@ -1,0 +1,201 @@
+"""Where weights come from: a local folder, the models that ship with the package, the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..once import log_once
+from . import atomic
+from .layout import Source
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+NAMESPACE = "ddim-fast/"
+_FILE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".json")
+_LOOKUP_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to ask the Hub; every field means what it means in `huggingface_hub`."""
+
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: bool | str | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+def local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The file or folder on this machine that `name_or_path` means, a bundled model included; None for the Hub.
+
+    What exists in the working directory wins over a bundled model, and that over the Hub. Raises `FileNotFoundError`
+    for something that can only be a path but is not there.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(
+            f"name_or_path must be a folder or the name of a model on the Hub, got {type(name_or_path).__name__}"
+        )
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.exists() and name:
+        return path
+    bundled = sorted(entry.name for entry in BUNDLED.iterdir() if (entry / "model_index.json").is_file())
+    if name.startswith(NAMESPACE) and name.removeprefix(NAMESPACE) in bundled:
+        return BUNDLED / name.removeprefix(NAMESPACE)
+    only_a_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    if only_a_path or not name or name.endswith(_FILE_SUFFIXES):
+        raise FileNotFoundError(f"no file or folder {name!r} (looked in {os.getcwd()})")
+    return None
+
+
+def open_source(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Source:
+    """The place that `name_or_path` names.
+
+    Raises `FileNotFoundError` if there is neither such a folder nor such a model, `PermissionError` for a gated
+    model, `ConnectionError` without a network.
+    """
+    path = local_path(name_or_path)
+    if path is None:
+        return _hub_source(os.fspath(name_or_path), hub)
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; give the folder it lies in")
+    return folder_source(path)
+
+
+def folder_source(folder: Path, title: str | None = None) -> Source:
+    """A folder on this machine. A save that was cut off after its commit is finished first."""
+    atomic.finish_interrupted(folder)
+
+    def names(inside: str) -> Collection[str]:
+        place = folder / inside
+        return frozenset(os.listdir(place)) if place.is_dir() else frozenset()
+
+    return Source(
+        title=title or str(folder),
+        names=names,
+        read=lambda path: read_json(folder / path),
+        fetch=lambda paths: str(folder),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `ValueError` that names the file and the place of the mistake."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _hub_source(repo_id: str, hub: HubOptions) -> Source:
+    if hub.local_files_only:
+        if hub.force_download:
+            raise ValueError("local_files_only=True and force_download=True exclude each other; pass one of them")
+        return _cached_source(repo_id, hub, "local_files_only=True")
+
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        api = HfApi(token=hub.token, library_name="ddim_fast")
+        info = api.model_info(repo_id, revision=hub.revision, timeout=_LOOKUP_TIMEOUT)
+    except Exception as error:
+        known = _explain(repo_id, hub, error)
+        if known is not None:
+            raise known from error
+        log_once(logger, logging.WARNING, f"the Hub could not be asked for {repo_id!r}, using the cache ({error})")
+        return _cached_source(repo_id, hub, "the Hub could not be reached", error)
+
+    paths = [sibling.rfilename for sibling in info.siblings or []]
+
+    def names(inside: str) -> Collection[str]:
+        prefix = f"{inside}/" if inside else ""
+        return frozenset(path.removeprefix(prefix).split("/")[0] for path in paths if path.startswith(prefix))
+
+    def read(path: str) -> dict[str, Any]:
+        options: Any = {"revision": hub.revision, "cache_dir": hub.cache_dir, "token": hub.token}
+        try:
+            return read_json(Path(hf_hub_download(repo_id, path, library_name="ddim_fast", **options)))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise _explain(repo_id, hub, error) or _unreachable(repo_id, "a download failed", error) from error
+
+    return Source(f"{repo_id} (on the Hub)", names, read, lambda paths: _download(repo_id, hub, paths))
+
+
+def _download(repo_id: str, hub: HubOptions, paths: Collection[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            repo_id,
+            revision=hub.revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            force_download=hub.force_download,
+            allow_patterns=sorted(paths),
+            library_name="ddim_fast",
+        )
+    except Exception as error:
+        raise _explain(repo_id, hub, error) or _unreachable(repo_id, "a download failed", error) from error
+
+
+def _cached_source(repo_id: str, hub: HubOptions, reason: str, cause: Exception | None = None) -> Source:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # No patterns: whether the files that are needed are there is seen when they are looked up.
+        folder = snapshot_download(
+            repo_id, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True, allow_patterns=[]
+        )
+    except Exception as error:
+        raise _explain(repo_id, hub, error) or _unreachable(repo_id, reason, cause or error) from (cause or error)
+    return folder_source(Path(folder), title=f"{folder} (the cached part of {repo_id!r}; {reason})")
+
+
+def _unreachable(repo_id: str, reason: str, error: Exception) -> OSError:
+    return ConnectionError(
+        f"{repo_id!r} is not a folder in {os.getcwd()}, and as a model on the Hub it is not (completely) in the local "
+        f"cache, while {reason} ({type(error).__name__}: {error}); check the path, or download it once with a network"
+    )
+
+
+def _explain(repo_id: str, hub: HubOptions, error: Exception) -> Exception | None:
+    """The error of a lookup in the user's terms, or None for one that the cache may help with."""
+    from huggingface_hub import errors
+
+    at_revision = f" at revision {hub.revision!r}" if hub.revision else ""
+    if isinstance(error, errors.HFValidationError):
+        return FileNotFoundError(
+            f"{repo_id!r} is not a folder in {os.getcwd()}, and cannot be a model on the Hub, whose names look like "
+            f"'google/ddpm-cifar10-32' ({error})"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(
+            f"{repo_id!r} is gated: accept its conditions at https://huggingface.co/{repo_id}, then log in with "
+            "`hf auth login` or pass token="
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        shipped = ", ".join(sorted(f"{NAMESPACE}{p.parent.name}" for p in BUNDLED.glob("*/model_index.json")))
+        return FileNotFoundError(
+            f"{repo_id!r} is neither a folder in {os.getcwd()} nor a model on the Hub that can be seen: check the "
+            f"name, and for a private model log in with `hf auth login` or pass token= (in the package: {shipped})"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{repo_id!r} on the Hub has nothing{at_revision}; check the revision's name")
+    return None
