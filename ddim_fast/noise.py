@@ -89,7 +89,7 @@ def seeds_tensor(
     if isinstance(seeds, torch.Tensor):
         if seeds.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"seeds must be integers, got a tensor of {seeds.dtype}; use torch.int64")
-        tensor = seeds.to(device=device, dtype=torch.int64)
+        tensor = seeds.to(device=device, dtype=torch.int64).contiguous()
     else:
         try:
             values = [operator.index(seed) for seed in seeds]

@@ -7,7 +7,6 @@ of the noise an update adds.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -193,21 +192,9 @@ class DDIMScheduler(Configured):
             return entries, True
         if num_inference_steps is None:
             raise ValueError("num_inference_steps is None and there are no timesteps; pass one of them")
-        try:
-            steps = operator.index(num_inference_steps)
-        except TypeError:
-            raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}") from None
-        if not 1 <= steps <= config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps must be 1 to num_train_timesteps={config.num_train_timesteps}, got {steps}"
-            )
-        entries = spaced_timesteps(config.timestep_spacing, steps, config.num_train_timesteps, config.steps_offset)
-        if entries[0] >= config.num_train_timesteps or entries[-1] < 0:
-            raise ValueError(
-                f"with steps_offset={config.steps_offset} and num_inference_steps={steps} the timesteps run from "
-                f"{entries[0]} to {entries[-1]}, outside 0 to {config.num_train_timesteps - 1}; take fewer steps "
-                "or steps_offset=0"
-            )
+        entries = spaced_timesteps(
+            config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+        )
         return entries, config.timestep_spacing == "quad" or config.previous_timestep == "schedule"
 
     def _previous_timestep(self, timestep: int) -> int:
@@ -261,23 +248,26 @@ class DDIMScheduler(Configured):
         ("v_prediction"); clips x₀; and returns c2·x₀ + c3·e + c4·noise. `self` stays as it is.
 
         Args:
-            num_inference_steps: S; None with `timesteps`.
+            num_inference_steps: S. None, with no `timesteps` either, is the schedule that `set_timesteps` chose.
             eta: η of equation 16: 0 is DDIM, 1 is DDPM. As in diffusers, values below 0 add no noise, and values
                 above 1 can make the direction's radicand negative, which is NaN.
-            timesteps: an own schedule; see `set_timesteps`.
+            timesteps: an own schedule, in which each step leads to the next entry; see `set_timesteps`.
+                (So for `self.timesteps` as `set_timesteps` chose them, pass None and not `timesteps=self.timesteps`.)
 
         Raises:
             ValueError, TypeError: `eta` is not finite, or the schedule is wrong; see `set_timesteps`.
         """
-        entries, uneven = self._schedule(num_inference_steps, timesteps)
-        timestep = torch.tensor(entries)
-        if uneven:
-            previous = torch.tensor([*entries[1:], -1])
+        if num_inference_steps is None and timesteps is None:
+            entries = self.timesteps.tolist()
+            previous = [self._previous_timestep(entry) for entry in entries]
         else:
-            previous = timestep - int(self.config.num_train_timesteps) // len(entries)
-        coefficients = torch.stack(self._coefficients(timestep, previous, eta), dim=1).to("cpu", torch.float32)
+            entries, uneven = self._schedule(num_inference_steps, timesteps)
+            stride = int(self.config.num_train_timesteps) // len(entries)
+            previous = [*entries[1:], -1] if uneven else [entry - stride for entry in entries]
+        timestep = torch.tensor(entries)
+        coefficients = torch.stack(self._coefficients(timestep, torch.tensor(previous), eta), dim=1)
         counts = torch.stack([timestep, torch.arange(len(entries)), torch.zeros_like(timestep)], dim=1)
-        return torch.cat([coefficients, counts.float()], dim=1)
+        return torch.cat([coefficients.to("cpu", torch.float32), counts.float()], dim=1)
 
     @overload
     def step(

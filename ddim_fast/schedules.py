@@ -50,24 +50,36 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([prods[:1], prods[1:] / prods[:-1]])
 
 
-def spaced_timesteps(spacing: str, steps: int, count: int, offset: int) -> list[int]:
-    """`steps` of `count` timesteps, strictly decreasing: "leading", "linspace", "trailing" or "quad".
+def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps: int, steps_offset: int) -> list[int]:
+    """`num_inference_steps` timesteps, strictly decreasing; `spacing` is "leading", "linspace", "trailing" or "quad".
 
-    The first three are those of arXiv:2305.08891, table 2. "quad" is int(linspace(0, sqrt(0.8 count), steps)²) from
-    the original DDIM code. `offset` is added where the timesteps start at 0 by construction ("leading", "quad").
+    The first three are those of arXiv:2305.08891, table 2; "quad" is int(linspace(0, sqrt(0.8 T), S)²) from the
+    original DDIM code. `steps_offset` enters where the timesteps start at 0 by construction ("leading", "quad").
+    Raises if there are fewer than 1 or more than `num_train_timesteps`, or if the offset moves them out of range.
     """
+    try:
+        steps = operator.index(num_inference_steps)
+    except TypeError:
+        raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}") from None
+    if not 1 <= steps <= num_train_timesteps:
+        raise ValueError(f"num_inference_steps must be 1 to num_train_timesteps={num_train_timesteps}, got {steps}")
     rising: np.ndarray
     if spacing == "linspace":
-        rising = np.linspace(0, count - 1, steps).round()
+        rising = np.linspace(0, num_train_timesteps - 1, steps).round()
     elif spacing == "leading":
-        rising = np.arange(steps) * (count // steps) + offset
+        rising = np.arange(steps) * (num_train_timesteps // steps) + steps_offset
     elif spacing == "trailing":
         # `arange` over fractions gives one value too many for some numbers of steps, such as 61 of 1000.
-        rising = np.arange(count, 0, -count / steps)[:steps].round()[::-1] - 1
+        rising = np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps].round()[::-1] - 1
     else:
         # The squares rise ever faster, so where rounding down repeats a value, all are below the step's number.
-        squares = np.linspace(0, np.sqrt(count * 0.8), steps) ** 2
-        rising = np.maximum(squares.astype(np.int64), np.arange(steps)) + offset
+        squares = np.linspace(0, np.sqrt(num_train_timesteps * 0.8), steps) ** 2
+        rising = np.maximum(squares.astype(np.int64), np.arange(steps)) + steps_offset
+    if rising[0] < 0 or rising[-1] >= num_train_timesteps:
+        raise ValueError(
+            f"with steps_offset={steps_offset} and num_inference_steps={steps} the timesteps run from "
+            f"{int(rising[-1])} to {int(rising[0])}, outside 0 to {num_train_timesteps - 1}; take fewer steps or steps_offset=0"
+        )
     return [int(timestep) for timestep in rising[::-1]]
 
 

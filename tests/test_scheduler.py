@@ -125,6 +125,7 @@ class TestParity:
         same(ours.add_noise(image, noise, timesteps[0]), peer.add_noise(image, noise, timesteps[0]))
         same(ours.get_velocity(image, noise, timesteps), peer.get_velocity(image, noise, timesteps))
 
+    @pytest.mark.filterwarnings("ignore:To copy construct")
     @pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor])
     def test_own_betas(self, kind):
         values = np.linspace(0.01, 0.3, 20).tolist()
