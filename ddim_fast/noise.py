@@ -129,9 +129,10 @@ def seeded_noise(
     """
     from .kernels.philox_normal import philox_normal
 
-    shape = tuple(shape)
-    keys = seeds_tensor(seeds, shape[0] if len(shape) == 4 else None, device)
-    noise: torch.Tensor = philox_normal(keys, step, shape, purpose=purpose)
+    batched = len(shape) == 4
+    keys = seeds_tensor(seeds, shape[0] if batched else None, device)
+    whole = tuple(shape) if batched else (len(keys), *shape)
+    noise: torch.Tensor = philox_normal(keys, step, whole, purpose=purpose)
     return noise
 
 

@@ -78,7 +78,8 @@ def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps
     if rising[0] < 0 or rising[-1] >= num_train_timesteps:
         raise ValueError(
             f"with steps_offset={steps_offset} and num_inference_steps={steps} the timesteps run from "
-            f"{int(rising[-1])} to {int(rising[0])}, outside 0 to {num_train_timesteps - 1}; take fewer steps or steps_offset=0"
+            f"{int(rising[-1])} to {int(rising[0])}, outside 0 to {num_train_timesteps - 1}; "
+            "take fewer steps or steps_offset=0"
         )
     return [int(timestep) for timestep in rising[::-1]]
 
