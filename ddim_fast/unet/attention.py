@@ -18,6 +18,8 @@ class Attention(nn.Module):
         channels: C, of input and output.
         head_dim: channels of a head.
         norm_num_groups: groups of `group_norm`, or `None` for no norm.
+        norm_cross: a text norm that checkpoints hold and self-attention does not read.
+        norm_argument: what an error calls the number of groups.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Attention(nn.Module):
         norm_num_groups: int | None,
         eps: float,
         rescale_output_factor: float = 1.0,
+        norm_cross: nn.Module | None = None,
         norm_argument: str = "norm_num_groups",
     ) -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class Attention(nn.Module):
         self.group_norm = (
             None if norm_num_groups is None else make_group_norm(norm_num_groups, channels, eps, norm_argument)
         )
+        self.norm_cross = norm_cross
         self.to_q = nn.Linear(channels, self.inner_dim)
         self.to_k = nn.Linear(channels, self.inner_dim)
         self.to_v = nn.Linear(channels, self.inner_dim)

@@ -13,8 +13,9 @@ from ..config import Configured, register_to_config
 from ..outputs import Output
 from .blocks import Block, BlockOptions, UNetMidBlock2D
 from .embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
-from .registry import make_down_block, make_up_block
+from .registry import check_block_types, make_down_block, make_up_block
 from .resnet import make_group_norm
+from .skip_blocks import SkipDownBlock2D, SkipUpBlock2D
 
 
 @dataclass
@@ -196,19 +197,29 @@ class UNet2DModel(nn.Module, Configured):
         timesteps = _expand_timestep(timestep, sample)
         temb = self.embed(timesteps, class_labels)
 
+        image: Tensor | None = sample
         sample = self.conv_in(sample)
         skips: tuple[Tensor, ...] = (sample,)
         for block in self.down_blocks:
-            sample, outputs = block(sample, temb)
+            if isinstance(block, SkipDownBlock2D):
+                sample, outputs, image = block(sample, temb, image)
+            else:
+                sample, outputs = block(sample, temb)
             skips += outputs
         if self.mid_block is not None:
             sample = self.mid_block(sample, temb)
+        image = None
         for block in self.up_blocks:
             taken = len(cast(Block, block).resnets)
-            sample = block(sample, skips[-taken:], temb)
+            if isinstance(block, SkipUpBlock2D):
+                sample, image = block(sample, skips[-taken:], temb, image)
+            else:
+                sample = block(sample, skips[-taken:], temb)
             skips = skips[:-taken]
 
         sample = self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+        if image is not None:
+            sample = sample + image
         if self.config.time_embedding_type == "fourier":
             sample = sample / timesteps.reshape(-1, 1, 1, 1)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
@@ -306,6 +317,7 @@ def _check_config(config: Any) -> None:
                 f"got {len(config[name])} ({tuple(config[name])}) and {len(config.down_block_types)} "
                 f"({tuple(config.down_block_types)})"
             )
+    check_block_types(config.down_block_types, config.up_block_types, config.in_channels, config.out_channels)
     choices: dict[str, tuple[str | None, ...]] = {
         "mid_block_type": ("UNetMidBlock2D", None),
         "time_embedding_type": ("positional", "fourier", "learned"),
