@@ -1,0 +1,582 @@
+"""GroupNorm over NHWC activations, with what stands before and after it in a UNet.
+
+    h = concat([x, x2], -1) + add
+    y = (h - mean) / sqrt(var + eps) * weight + bias            mean, var per image and group (Wu and He 2018, eq. 1)
+    y = y · (1 + scale) + shift                                 where given
+    out = y · sigmoid(y)                                        where silu
+
+x (B, *spatial, C1) and x2 (B, *spatial, C2) are float32, float16 or bfloat16, channels adjacent, pixels dense, any
+stride between images; the concatenation is never written. add, scale and shift are (C,) or (B, C), C = C1 + C2.
+Arithmetic is float32; the variance is the mean of squared deviations, never a difference of squares.
+
+Roofline. At least: x and x2 read once, out written once. Three forms:
+- single: a program holds all N pixels of a few groups in registers. One launch, the least bytes. Rows of a program
+  are at least 32 bytes, a whole sector of the cache, wherever the tensor is that wide.
+- given statistics (`stats`, of the kernel that wrote x): one launch, the least bytes and the partials, 8·K·C bytes an
+  image, which every program over an image reads again from L2 (at most half of its pixels' bytes, a few percent where
+  the grid is large).
+- large, without statistics: two launches, x and x2 read twice, since no block holds a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .autograd import backward_through
+from .launch import launch, use_triton
+from .nhwc import (
+    check_activation,
+    check_not_differentiated,
+    check_output,
+    check_vector,
+    flat,
+    image_stride,
+    offset,
+    pair_pointers,
+    per_image,
+    pixels,
+)
+from .statistics import channel_statistics, combine_chunks, launch_statistics, load_statistics
+
+SINGLE_ELEMENTS = 32768
+APPLY_ELEMENTS = 4096
+SECTOR_BYTES = 32
+
+
+def group_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    num_groups: int,
+    eps: float,
+    x2: torch.Tensor | None,
+    silu: bool,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    stats2: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in PyTorch: per-channel statistics, folded into one multiply-add per element."""
+    parts = [(x, stats)] if x2 is None else [(x, stats), (x2, stats2)]
+    rows = pixels(x)
+    moments = [combine_chunks(channel_statistics(flat(h)) if known is None else known, rows) for h, known in parts]
+    mean, m2 = (torch.cat(moment, -1) for moment in zip(*moments, strict=True))
+    if add is not None:
+        mean = mean + add.float()
+    grouped = mean.unflatten(-1, (num_groups, -1))
+    centre = grouped.mean(-1, keepdim=True)
+    variance = (m2.unflatten(-1, (num_groups, -1)) / rows + (grouped - centre).square()).mean(-1, keepdim=True)
+    factor = (variance + eps).rsqrt().expand(grouped.shape).flatten(-2) * weight.float()
+    displacement = -centre.expand(grouped.shape).flatten(-2)
+    if add is not None:
+        displacement = displacement + add.float()
+    term = torch.addcmul(bias.float(), displacement, factor)
+    if scale is not None and shift is not None:
+        factor = factor * (1 + scale.float())
+        term = torch.addcmul(shift.float(), term, 1 + scale.float())
+
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], mean.shape[-1]))
+    first = 0
+    for h, _ in parts:
+        last = first + h.shape[-1]
+        here = flat(out)[..., first:last]
+        operands = (term[:, None, first:last], flat(h).float(), factor[:, None, first:last])
+        if out.dtype == torch.float32:
+            torch.addcmul(*operands, out=here)
+        else:
+            y = torch.addcmul(*operands)
+            here.copy_(F.silu(y, inplace=True) if silu else y)
+        first = last
+    return F.silu(out, inplace=True) if silu and out.dtype == torch.float32 else out
+
+
+def _differentiable(x, weight, bias, x2, add, scale, shift, num_groups, eps, silu):
+    """The same as one composite, for autograd."""
+    h = flat(x).float() if x2 is None else torch.cat([flat(x), flat(x2)], -1).float()
+    if add is not None:
+        h = h + per_image(add)
+    # Over (B, C, N) PyTorch's variance is Welford's; over channels_last images it is E[x²] - E[x]².
+    y = F.group_norm(h.transpose(1, 2), num_groups, weight.float(), bias.float(), eps).transpose(1, 2)
+    if scale is not None:
+        y = y * (1 + per_image(scale)) + per_image(shift)
+    return (F.silu(y) if silu else y).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@triton.jit
+def _group_total(value, member):
+    """For each channel the sum of `value` over the channels of its group."""
+    total = tl.sum(tl.where(member, value[None, :], 0.0), 1)
+    return tl.sum(tl.where(member, total[:, None], 0.0), 0)
+
+
+@triton.jit
+def _members(CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    return tl.arange(0, BLOCK_G)[:, None] == (tl.arange(0, BLOCK_C) // CPG)[None, :]
+
+
+@triton.jit
+def _load_vector(vector, image, stride, channel, inside):
+    return tl.load(vector + offset(image, stride) + channel, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _affine(weight, bias, scale, shift, image, scale_stride, shift_stride, channel, inside, rstd):
+    """factor, term: out = (h - mean) · factor + term."""
+    factor = rstd * _load_vector(weight, image, 0, channel, inside)
+    term = _load_vector(bias, image, 0, channel, inside)
+    if scale is not None:
+        gain = 1.0 + _load_vector(scale, image, scale_stride, channel, inside)
+        factor *= gain
+        term = term * gain + _load_vector(shift, image, shift_stride, channel, inside)
+    return factor, term
+
+
+@triton.jit
+def _silu(y):
+    return y / (1.0 + tl.exp(-y))
+
+
+@triton.jit
+def _single_kernel(
+    x,
+    x2,
+    weight,
+    bias,
+    add,
+    scale,
+    shift,
+    out,
+    rows,
+    eps,
+    x_stride,
+    x2_stride,
+    add_stride,
+    scale_stride,
+    shift_stride,
+    out_stride,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    channels: tl.constexpr = C1 + C2
+    blocks: tl.constexpr = channels // (GROUPS * CPG)
+    program = tl.program_id(0)
+    image = program // blocks
+    column = tl.arange(0, BLOCK_C)
+    inside = column < GROUPS * CPG
+    channel = program % blocks * (GROUPS * CPG) + column
+    x += offset(image, x_stride)
+    if C2 > 0:
+        x2 += offset(image, x2_stride)
+
+    lane = tl.arange(0, BLOCK_N)
+    mask = (lane < rows)[:, None] & inside[None, :]
+    value = tl.load(pair_pointers(x, x2, 0, lane, channel, C1, C2), mask=mask, other=0.0).to(tl.float32)
+    if add is not None:
+        vector = _load_vector(add, image, add_stride, channel, inside)
+        value = tl.where(mask, value + vector[None, :], 0.0)
+    member = _members(CPG, BLOCK_C, BLOCK_G)
+    count = rows * 1.0 * CPG
+    mean = _group_total(tl.sum(value, 0), member) / count
+    value = tl.where(mask, value - mean[None, :], 0.0)
+    variance = _group_total(tl.sum(value * value, 0), member) / count
+    factor, term = _affine(
+        weight, bias, scale, shift, image, scale_stride, shift_stride, channel, inside, tl.rsqrt(variance + eps)
+    )
+    y = value * factor[None, :] + term[None, :]
+    if SILU:
+        y = _silu(y)
+    here = offset(image, out_stride) + (lane[:, None] * channels + channel[None, :])
+    tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _apply_kernel(
+    x,
+    x2,
+    weight,
+    bias,
+    add,
+    scale,
+    shift,
+    stats,
+    stats2,
+    out,
+    rows,
+    rows_per_program,
+    eps,
+    chunks,
+    chunks2,
+    x_stride,
+    x2_stride,
+    add_stride,
+    scale_stride,
+    shift_stride,
+    stats_stride,
+    stats_chunk_stride,
+    stats_moment_stride,
+    stats2_stride,
+    stats2_chunk_stride,
+    stats2_moment_stride,
+    out_stride,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    channels: tl.constexpr = C1 + C2
+    blocks: tl.constexpr = channels // (GROUPS * CPG)
+    program = tl.program_id(0)
+    row_programs = (rows + rows_per_program - 1) // rows_per_program
+    start = program // blocks % row_programs * rows_per_program
+    image = program // blocks // row_programs
+    column = tl.arange(0, BLOCK_C)
+    inside = column < GROUPS * CPG
+    channel = program % blocks * (GROUPS * CPG) + column
+    x += offset(image, x_stride)
+    out += offset(image, out_stride)
+
+    base = offset(image, stats_stride)
+    known = inside & (channel < C1)
+    mean, m2 = load_statistics(
+        stats, base, stats_chunk_stride, stats_moment_stride, channel, known, rows, chunks, BLOCK_K
+    )
+    if C2 > 0:
+        x2 += offset(image, x2_stride)
+        base2 = offset(image, stats2_stride)
+        known2 = inside & (channel >= C1)
+        mean2, m22 = load_statistics(
+            stats2, base2, stats2_chunk_stride, stats2_moment_stride, channel - C1, known2, rows, chunks2, BLOCK_K
+        )
+        mean += mean2
+        m2 += m22
+    displacement = tl.zeros((BLOCK_C,), tl.float32)
+    if add is not None:
+        displacement = _load_vector(add, image, add_stride, channel, inside)
+    mean += displacement
+    member = _members(CPG, BLOCK_C, BLOCK_G)
+    centre = _group_total(mean, member) / CPG
+    spread = tl.where(inside, mean - centre, 0.0)
+    pixels_as_float = rows * 1.0
+    variance = _group_total(m2 + pixels_as_float * spread * spread, member) / (pixels_as_float * CPG)
+    factor, term = _affine(
+        weight, bias, scale, shift, image, scale_stride, shift_stride, channel, inside, tl.rsqrt(variance + eps)
+    )
+    displacement -= centre
+
+    lane = tl.arange(0, BLOCK_N)
+    stop = tl.minimum(start + rows_per_program, rows)
+    for row in range(start, stop, BLOCK_N):
+        mask = (row + lane < stop)[:, None] & inside[None, :]
+        value = tl.load(pair_pointers(x, x2, row, lane, channel, C1, C2), mask=mask, other=0.0).to(tl.float32)
+        y = (value + displacement[None, :]) * factor[None, :] + term[None, :]
+        if SILU:
+            y = _silu(y)
+        here = offset(row, channels) + (lane[:, None] * channels + channel[None, :])
+        tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
+
+
+class Tile(NamedTuple):
+    """What one program covers: whole groups, and rows BLOCK_N at a time."""
+
+    groups: int
+    rows: int
+    block_n: int
+    block_c: int
+    num_warps: int
+
+
+def _groups_at_least(num_groups: int, channels: int, channels_per_group: int) -> int:
+    """The smallest divisor of num_groups that is at least `channels` wide, or all groups."""
+    wide = (g for g in range(1, num_groups) if num_groups % g == 0 and g * channels_per_group >= channels)
+    return next(wide, num_groups)
+
+
+def single_tile(
+    batch: int, rows: int, num_groups: int, channels_per_group: int, itemsize: int, multiprocessors: int = 132
+) -> Tile | None:
+    """The tile that holds all pixels of a few groups in registers, or None where none does."""
+
+    def tile(groups: int) -> Tile:
+        block_n, block_c = triton.next_power_of_2(rows), triton.next_power_of_2(groups * channels_per_group)
+        return Tile(groups, rows, block_n, block_c, min(max(block_n * block_c // 2048, 1), 16))
+
+    best = tile(_groups_at_least(num_groups, SECTOR_BYTES // itemsize, channels_per_group))
+    if best.block_n * best.block_c > SINGLE_ELEMENTS:
+        return None
+    # Wider rows while tiles stay small and enough of them remain to fill the chip.
+    for groups in range(best.groups + 1, min(num_groups, 8) + 1):
+        wider = tile(groups)
+        small = wider.block_n * wider.block_c <= SINGLE_ELEMENTS // 4
+        if num_groups % groups == 0 and small and batch * num_groups // groups >= 2 * multiprocessors:
+            best = wider
+    return best
+
+
+def apply_tile(
+    batch: int,
+    rows: int,
+    num_groups: int,
+    channels_per_group: int,
+    itemsize: int,
+    chunks: int,
+    multiprocessors: int = 132,
+) -> Tile:
+    """The tile that is normalised with given statistics.
+
+    A program first combines `chunks` partials of each channel, so it covers at least eight times as many rows; rows
+    get narrower (down to a sector) before the grid gets too small to fill the chip.
+    """
+    fewest = min(8 * chunks, rows)
+    for row_bytes in (128, 64, SECTOR_BYTES):
+        groups = _groups_at_least(num_groups, row_bytes // itemsize, channels_per_group)
+        columns = batch * (num_groups // groups)
+        if columns * (rows // fewest) >= 4 * multiprocessors:
+            break
+    block_c = triton.next_power_of_2(groups * channels_per_group)
+    wanted = max(fewest, min(1024, columns * rows // (4 * multiprocessors)))
+    block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_ELEMENTS // block_c))
+    return Tile(groups, triton.cdiv(wanted, block_n) * block_n, block_n, block_c, 4)
+
+
+def _launch_group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    num_groups: int,
+    eps: float,
+    x2: torch.Tensor | None,
+    silu: bool,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    stats2: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """One launch, or two where neither a tile holds a group nor all statistics are given."""
+    batch, rows, channels = x.shape[0], pixels(x), x.shape[-1]
+    channels2 = 0 if x2 is None else x2.shape[-1]
+    channels_per_group = (channels + channels2) // num_groups
+    itemsize = x.element_size()
+    tensors = {"x": x, "x2": x2, "weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    strides = {
+        "x_stride": x.stride(0),
+        "x2_stride": 0 if x2 is None else x2.stride(0),
+        "add_stride": image_stride(add),
+        "scale_stride": image_stride(scale),
+        "shift_stride": image_stride(shift),
+        "out_stride": out.stride(0),
+    }
+
+    def constexprs(tile: Tile) -> dict[str, int | bool]:
+        return {
+            "C1": channels,
+            "C2": channels2,
+            "CPG": channels_per_group,
+            "GROUPS": tile.groups,
+            "SILU": silu,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_C": tile.block_c,
+            "BLOCK_G": triton.next_power_of_2(tile.groups),
+        }
+
+    missing, missing2 = stats is None, x2 is not None and stats2 is None
+    if missing or missing2:
+        single = single_tile(batch, rows, num_groups, channels_per_group, itemsize)
+        if single is not None:
+            launch(
+                _single_kernel,
+                (batch * (num_groups // single.groups),),
+                {**tensors, "out": out, "rows": rows, "eps": eps, **strides},
+                constexprs(single),
+                num_warps=single.num_warps,
+            )
+            return
+        if missing and missing2:
+            both = launch_statistics(x, x2)
+            stats, stats2 = both[..., :channels], both[..., channels:]
+        elif missing:
+            stats = launch_statistics(x)
+        else:
+            stats2 = launch_statistics(x2)
+    assert stats is not None
+    chunks, chunks2 = stats.shape[1], 0 if stats2 is None else stats2.shape[1]
+    tile = apply_tile(batch, rows, num_groups, channels_per_group, itemsize, max(chunks, chunks2))
+    names = ("stride", "chunk_stride", "moment_stride")
+    for name, partials in (("stats", stats), ("stats2", stats2)):
+        strides |= {f"{name}_{n}": 0 if partials is None else partials.stride(i) for i, n in enumerate(names)}
+    block_k = triton.next_power_of_2(max(chunks, chunks2))
+    launch(
+        _apply_kernel,
+        (batch * (num_groups // tile.groups) * triton.cdiv(rows, tile.rows),),
+        {
+            **tensors,
+            "stats": stats,
+            "stats2": stats2,
+            "out": out,
+            "rows": rows,
+            "rows_per_program": tile.rows,
+            "eps": eps,
+            "chunks": chunks,
+            "chunks2": chunks2,
+            **strides,
+        },
+        {**constexprs(tile), "BLOCK_K": max(1, min(block_k, APPLY_ELEMENTS // tile.block_c))},
+        num_warps=tile.num_warps,
+    )
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? x2, bool silu, Tensor? add, "
+    "Tensor? scale, Tensor? shift, Tensor? stats, Tensor? stats2"
+)
+
+
+@torch.library.custom_op("ddim_fast::group_norm", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _group_norm(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2):
+    arguments = (x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2)
+    if not use_triton(x):
+        return group_norm_reference(*arguments)
+    out = _new_output(x, x2)
+    _launch_group_norm(*arguments, out)
+    return out
+
+
+@torch.library.custom_op(
+    "ddim_fast::group_norm_out", mutates_args=("out",), schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()"
+)
+def _group_norm_out(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out):
+    run = _launch_group_norm if use_triton(x) else group_norm_reference
+    run(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out)
+
+
+def _new_output(x: torch.Tensor, x2: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
+
+
+@_group_norm.register_fake
+def _(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2):
+    return _new_output(x, x2)
+
+
+@_group_norm_out.register_fake
+def _(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out):
+    return None
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, weight, bias, ctx.num_groups, ctx.eps, x2, ctx.silu, add, scale, shift, _, _ = inputs
+    ctx.save_for_backward(x, weight, bias, x2, add, scale, shift)
+
+
+def _backward(ctx, grad):
+    def reference(*tensors):
+        return _differentiable(*tensors, ctx.num_groups, ctx.eps, ctx.silu)
+
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 7, 8, 9)]
+    x, weight, bias, x2, add, scale, shift = backward_through(reference, ctx.saved_tensors, needed, grad)
+    return x, weight, bias, None, None, x2, None, add, scale, shift, None, None
+
+
+_group_norm.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _known(name: str, stats: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Checked statistics of `x`; None where there are none (an empty tensor says so too)."""
+    if stats is None or stats.numel() == 0:
+        return None
+    batch, channels = x.shape[0], x.shape[-1]
+    if stats.dim() != 4 or (stats.shape[0], *stats.shape[2:]) != (batch, 2, channels):
+        raise ValueError(f"{name} has shape {tuple(stats.shape)}; expected ({batch}, chunks, 2, {channels})")
+    if stats.dtype != torch.float32:
+        raise TypeError(f"{name} is {stats.dtype}; expected float32, as add_residual returns it")
+    if channels > 1 and stats.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tuple(stats.stride())}; expected adjacent channels")
+    if stats.device != x.device:
+        raise ValueError(f"{name} is on {stats.device} beside an input on {x.device}; move one of them")
+    return stats
+
+
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    num_groups: int,
+    eps: float,
+    *,
+    x2: torch.Tensor | None = None,
+    silu: bool = False,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+    stats2: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """GroupNorm of concat([x, x2], -1) + add, then scale and shift, then SiLU.
+
+    Args:
+        x: (B, *spatial, C1) float32, float16 or bfloat16; channels adjacent, pixels dense, any stride between images.
+        weight, bias: (C,), C = C1 + C2; any float dtype.
+        num_groups: a divisor of C. Groups may span both inputs.
+        eps: added to the variance.
+        x2: (B, *spatial, C2), read as the channels after x's; x's dtype.
+        silu: apply y · sigmoid(y) at the end.
+        add: (C,) or (B, C), added before the norm (a conv bias and a time embedding).
+        scale, shift: (C,) or (B, C), both or neither: y · (1 + scale) + shift after the norm.
+        stats, stats2: float32 (B, K, 2, C1) and (B, K2, 2, C2): the statistics of x and of x2, without `add`, as
+            `add_residual` and `interleave` return them. Taken here where missing or empty.
+        out: (B, *spatial, C) where to write; may be `x` itself where there is no `x2`.
+
+    Returns:
+        (B, *spatial, C) in x's dtype: a new contiguous tensor, or `out`.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or layout; the message names the argument.
+    """
+    check_activation("x", x)
+    if x2 is not None:
+        check_activation("x2", x2, x)
+    batch, channels = x.shape[0], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.dim() != 1:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected ({channels},)")
+        check_vector(name, parameter, batch, channels, x)
+    for name, vector in (("add", add), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            check_vector(name, vector, batch, channels, x)
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together; pass zeros for the one that is not wanted")
+    stats = _known("stats", stats, x)
+    if x2 is None and stats2 is not None:
+        raise ValueError("stats2 is given without x2; leave it out")
+    if x2 is not None:
+        stats2 = _known("stats2", stats2, x2)
+    arguments = (x, weight, bias, num_groups, float(eps), x2, silu, add, scale, shift, stats, stats2)
+    if out is None:
+        return _group_norm(*arguments)
+    check_output("out", out, (*x.shape[:-1], channels), x)
+    check_not_differentiated("out", x, weight, bias, x2, add, scale, shift)
+    _group_norm_out(*arguments, out)
+    return out
