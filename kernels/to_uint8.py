@@ -1,0 +1,136 @@
+"""Samples in [-1, 1] to 8-bit images, channels last.
+
+    v = clamp(x / 2 + 0.5, 0, 1), in x's dtype;  image = round(255 v), in float32, ties to even
+
+which are the bytes of diffusers' `numpy_to_pil((x / 2 + 0.5).clamp(0, 1))`. A NaN has no byte: it becomes 0 and the
+image's flag is set, on the device; `raise_if_bad` reads the flags where the caller synchronises anyway.
+
+Roofline: at least one read of the sample (4 or 2 bytes an element) and one write of a byte; that is what is moved, and
+the copy to the host is a quarter of float32's. Bytes are written 16 a thread; a channels-last sample is read 16 bytes
+at a time, an NCHW one gathered out of cache lines that the program uses up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .images import FLOATS, check_images, image_offset, is_nhwc
+from .launch import launch, use_triton
+from .philox_normal import block_size
+
+
+def to_uint8_reference(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images, bad) in PyTorch."""
+    scaled = (sample / 2 + 0.5).clamp(0, 1).float().mul_(255).round_()
+    images = scaled.nan_to_num_(0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return images, sample.isnan().flatten(1).any(1).int()
+
+
+@triton.jit
+def _to_uint8_kernel(
+    sample,
+    images,
+    bad,
+    sample_stride,
+    elements,
+    pixels,
+    tiles,
+    CHANNELS: tl.constexpr,
+    NHWC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    image = program // tiles
+    element = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    mask = element < elements
+    source = element if NHWC else element % CHANNELS * pixels + element // CHANNELS
+    x = tl.load(sample + image_offset(image, sample_stride) + source, mask, other=0.0)
+    nan = x != x
+    # Halving and adding round to x's dtype, as PyTorch does.
+    half = (x.to(tl.float32) * 0.5).to(x.dtype).to(tl.float32)
+    scaled = tl.clamp((half + 0.5).to(x.dtype).to(tl.float32), 0.0, 1.0) * 255.0
+    scaled = tl.where(nan, 0.0, scaled)
+    # No sum of `scaled` may appear: contracted to a multiply-add it would skip the product's rounding and miss ties.
+    down = scaled.to(tl.int32)
+    tie = down.to(tl.float32) + 0.5
+    up = (scaled > tie) | ((scaled == tie) & (down % 2 == 1))
+    tl.store(images + image_offset(image, elements) + element, (down + up.to(tl.int32)).to(tl.uint8), mask)
+    if tl.max(nan.to(tl.int32), 0) > 0:
+        tl.store(bad + image, 1)
+
+
+def _launch_to_uint8(sample: torch.Tensor, images: torch.Tensor, bad: torch.Tensor) -> None:
+    """`images` (B, H, W, C) uint8, contiguous; `bad` (B,) int32, zero."""
+    batch, channels, height, width = sample.shape
+    elements = channels * height * width
+    block = block_size(elements, batch, largest=2048)
+    tiles = triton.cdiv(elements, block)
+    launch(
+        _to_uint8_kernel,
+        (batch * tiles,),
+        {
+            "sample": sample,
+            "images": images,
+            "bad": bad,
+            "sample_stride": sample.stride(0),
+            "elements": elements,
+            "pixels": height * width,
+            "tiles": tiles,
+        },
+        {"CHANNELS": channels, "NHWC": is_nhwc(sample), "BLOCK": block},
+        num_warps=max(1, block // 512),
+    )
+
+
+@torch.library.custom_op("ddim_fast::to_uint8", mutates_args=())
+def _to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not use_triton(sample):
+        return to_uint8_reference(sample)
+    batch, channels, height, width = sample.shape
+    images = torch.empty((batch, height, width, channels), dtype=torch.uint8, device=sample.device)
+    bad = torch.zeros(batch, dtype=torch.int32, device=sample.device)
+    if sample.numel():
+        _launch_to_uint8(sample, images, bad)
+    return images, bad
+
+
+@_to_uint8.register_fake
+def _(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, channels, height, width = sample.shape
+    images = torch.empty((batch, height, width, channels), dtype=torch.uint8, device=sample.device)
+    return images, torch.empty(batch, dtype=torch.int32, device=sample.device)
+
+
+def to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit images of samples, rounded as diffusers' `numpy_to_pil` rounds.
+
+    Args:
+        sample: float32, float16 or bfloat16 (B, C, H, W), NCHW or channels last, any batch stride; [-1, 1], clipped
+            beyond.
+
+    Returns:
+        images: uint8 (B, H, W, C), contiguous.
+        bad: int32 (B,) on the device, 1 for an image that holds a NaN (its pixel is then 0); see `raise_if_bad`.
+        Nothing synchronises; not differentiable.
+
+    Raises:
+        ValueError, TypeError: `sample` has the wrong shape, dtype or memory order.
+    """
+    check_images("sample", sample, FLOATS)
+    return torch.ops.ddim_fast.to_uint8(sample)
+
+
+def raise_if_bad(bad: torch.Tensor) -> None:
+    """Raise where `to_uint8` met a NaN. Copies `bad` to the host: call it where the images are copied anyway.
+
+    Raises:
+        ValueError: names the images' positions in the batch.
+    """
+    positions = bad.nonzero().flatten().tolist()
+    if positions:
+        raise ValueError(
+            f"`sample` holds NaN in the images {positions} of the batch: the network or its weights overflow; "
+            "try `torch.float32` or `torch.bfloat16`"
+        )

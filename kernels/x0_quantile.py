@@ -1,0 +1,68 @@
+"""The limit of dynamic thresholding: a high quantile of |x0| of each image.
+
+    s = clamp(quantile(|x0|, ratio), 1, max_value)
+
+with `torch.quantile`'s linear interpolation between the two nearest order statistics (Saharia et al., "Photorealistic
+text-to-image diffusion models", 2022, section 2.3; the ratio and the limits as diffusers has them).
+
+Plain PyTorch: `torch.quantile` sorts everything and refuses more than 16 million elements; `topk` needs only what
+lies above the quantile. Nothing here reads a value back to the host, so a CUDA graph can hold it. Beyond `ddim_step`
+it reads the sample and the model output once more and writes and reads |x0|.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .ddim_step import check_update, predict_x0_reference
+from .images import FLOATS, check_like
+
+
+def quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
+    """`torch.quantile(values, ratio, dim=1)` of float32 (B, N), for any N, without a synchronisation."""
+    count = values.shape[1]
+    # The rank in float32, as torch.quantile computes it.
+    rank = float(torch.tensor(ratio, dtype=torch.float32, device="cpu") * (count - 1))
+    below = int(rank)
+    top = values.topk(count - below, dim=1).values
+    low = top[:, -1]
+    high = top[:, -2] if count - below > 1 else low
+    # `topk` puts NaN first.
+    return torch.where(top[:, 0].isnan(), top[:, 0], torch.lerp(low, high, rank - below))
+
+
+def x0_quantile(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: int,
+    *,
+    prediction_type: str,
+    ratio: float = 0.995,
+    max_value: float = 1.0,
+    model_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`threshold` for `ddim_step` with the same arguments.
+
+    Args:
+        sample, model_output, table, step, prediction_type, model_bias: as for `ddim_step`.
+        ratio: the quantile, in [0, 1] (`dynamic_thresholding_ratio`).
+        max_value: the largest limit, at least 1 (`sample_max_value`).
+
+    Returns:
+        float32 (B,), within [1, max_value]; NaN where x0 holds one.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device, memory order or value.
+    """
+    check_update(sample, model_output, table, step, prediction_type)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"`ratio` must lie in [0, 1], got {ratio}")
+    if not max_value >= 1:
+        raise ValueError(f"`max_value` must be at least 1, got {max_value}")
+    model_output = model_output.float()
+    if model_bias is not None:
+        check_like("model_bias", model_bias, (sample.shape[1],), FLOATS, sample.device)
+        model_output = model_output + model_bias[:, None, None]
+    x0 = predict_x0_reference(sample, model_output, table[step], prediction_type)
+    return quantile(x0.abs().flatten(1), ratio).clamp(1, max_value)
