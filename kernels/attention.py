@@ -15,9 +15,12 @@ by memory on every card this was compiled for; fewer bytes would need the QKV pr
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ from .launch import INTERPRETED, launch, use_triton
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 512
+_asked_capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -178,8 +182,18 @@ def tiles(head_dim: int, length: int, dtype: torch.dtype, capability: tuple[int,
     return Tiles(block_m, min(block_n, keys), padded, num_warps, num_stages)
 
 
+@contextlib.contextmanager
+def tiles_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Within this block launches take the tiles of a chip of this compute capability, whatever the device."""
+    token = _asked_capability.set(capability)
+    try:
+        yield
+    finally:
+        _asked_capability.reset(token)
+
+
 @functools.lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _device_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
@@ -189,19 +203,12 @@ def _tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def _launch_attention(
-    qkv: torch.Tensor,
-    out: torch.Tensor,
-    heads: int,
-    scale: float | None = None,
-    *,
-    capability: tuple[int, int] | None = None,
-) -> None:
-    """Launch the kernel that fills `out`; a `capability` asks for another chip's tiles (for a report)."""
+def _launch_attention(qkv: torch.Tensor, out: torch.Tensor, heads: int, scale: float | None = None) -> None:
     batch, length, width = qkv.shape
     head_dim = width // (3 * heads)
     tf32 = _tf32_allowed()
-    chosen = tiles(head_dim, length, qkv.dtype, capability or _capability(qkv.device), tf32)
+    capability = _asked_capability.get() or _device_capability(qkv.device)
+    chosen = tiles(head_dim, length, qkv.dtype, capability, tf32)
     # In Triton's interpreter a product of bfloat16 tiles multiplies their bit patterns; in float32 it is as exact.
     upcast = INTERPRETED and qkv.dtype == torch.bfloat16
     scale = head_dim**-0.5 if scale is None else scale

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from ddim_fast.kernels import launch
-from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles
+from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles, tiles_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
@@ -86,7 +86,8 @@ def test_every_chips_tiles_write_all_of_the_output_and_nothing_else(capability, 
     qkv = guarded(packed(2, length, 1, head_dim, dtype, device))
     out = guarded_output((2, length, head_dim), dtype, device)
 
-    attention_module._launch_attention(qkv, out, 1, capability=capability)
+    with tiles_for(capability):
+        attention_module._launch_attention(qkv, out, 1)
 
     assert relative_l2(out, exact(qkv, 1)) <= TOLERANCE[dtype]
     assert guards_intact(out)
