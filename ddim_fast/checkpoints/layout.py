@@ -190,6 +190,8 @@ def _no_weights(place: str, names: Collection[str], variant: str | None, formats
         (match["variant"] or match["legacy"], match["format"]) for match in map(_WEIGHTS.fullmatch, names) if match
     }
     usable = sorted({kind or "" for kind, extension in found if extension in formats})
+    if (variant or "") in usable:
+        return f"{place} has shards of the weights, but not the *.index.json that lists them; copy it, too"
     if usable and variant is not None:
         listed = ", ".join(f"variant={kind!r}" if kind else "the default (no variant)" for kind in usable)
         return f"{place} has no weights for variant={variant!r}; it has: {listed}"

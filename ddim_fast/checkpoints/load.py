@@ -50,7 +50,7 @@ def load_pipeline_parts(
     device: torch.device | str | None = None,
     variant: str | None = None,
     revision: str | None = None,
-    cache_dir: NameOrPath | None = None,
+    cache_dir: str | Path | None = None,
     token: bool | str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
@@ -96,7 +96,7 @@ def load_unet(
     device: torch.device | str | None = None,
     variant: str | None = None,
     revision: str | None = None,
-    cache_dir: NameOrPath | None = None,
+    cache_dir: str | Path | None = None,
     token: bool | str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
@@ -126,7 +126,7 @@ def load_scheduler(
     name_or_path: NameOrPath,
     *,
     revision: str | None = None,
-    cache_dir: NameOrPath | None = None,
+    cache_dir: str | Path | None = None,
     token: bool | str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
@@ -153,7 +153,7 @@ def download(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    cache_dir: NameOrPath | None = None,
+    cache_dir: str | Path | None = None,
     token: bool | str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
@@ -208,10 +208,11 @@ def _build_unet(
     try:
         with parameters_on_meta():
             unet = UNet2DModel.from_config(config, **overrides)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} describes no network that can be built: {error}") from error
     state, origin = read_tensors([top / name for name in weights.files])
-    fill(unet, modernize_state_dict(modernize_names(state)), origin, dtype, device)
+    state = modernize_state_dict(modernize_names(state))
+    fill(unet, state, origin, dtype, device)
     return unet.eval()
 
 

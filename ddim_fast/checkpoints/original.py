@@ -111,7 +111,7 @@ def _network_state(path: Path) -> dict[str, Tensor]:
 
 
 def _read_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    widths = []
+    widths: list[int] = []
     while (name := f"down.{len(widths)}.block.0.conv1.weight") in state:
         widths.append(state[name].shape[0])
     levels = range(len(widths))

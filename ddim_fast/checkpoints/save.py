@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _check_options(variant: Any, max_shard_size: Any) -> None:
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
 
 
-def _is_stale(variant: str | None) -> Any:
+def _is_stale(variant: str | None) -> Callable[[str], bool]:
     return lambda name: is_weights_of(os.path.basename(name), variant)
 
 

@@ -27,7 +27,7 @@ class HubOptions:
     """How to ask the Hub; every field means what it means in `huggingface_hub`."""
 
     revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
+    cache_dir: str | Path | None = None
     token: bool | str | None = None
     local_files_only: bool = False
     force_download: bool = False
@@ -108,17 +108,15 @@ def _hub_source(repo_id: str, hub: HubOptions) -> Source:
             raise ValueError("local_files_only=True and force_download=True exclude each other; pass one of them")
         return _cached_source(repo_id, hub, "local_files_only=True")
 
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, errors, hf_hub_download
 
     try:
         api = HfApi(token=hub.token, library_name="ddim_fast")
         info = api.model_info(repo_id, revision=hub.revision, timeout=_LOOKUP_TIMEOUT)
+    except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
+        raise _explain(repo_id, hub, error) from error
     except Exception as error:
-        known = _explain(repo_id, hub, error)
-        if known is not None:
-            raise known from error
-        log_once(logger, logging.WARNING, f"the Hub could not be asked for {repo_id!r}, using the cache ({error})")
-        return _cached_source(repo_id, hub, "the Hub could not be reached", error)
+        return _cached_source(repo_id, hub, "the Hub could not be asked", error)
 
     paths = [sibling.rfilename for sibling in info.siblings or []]
 
@@ -133,7 +131,7 @@ def _hub_source(repo_id: str, hub: HubOptions) -> Source:
         except ValueError:
             raise
         except Exception as error:
-            raise _explain(repo_id, hub, error) or _unreachable(repo_id, "a download failed", error) from error
+            raise _explain(repo_id, hub, error) from error
 
     return Source(f"{repo_id} (on the Hub)", names, read, lambda paths: _download(repo_id, hub, paths))
 
@@ -152,7 +150,7 @@ def _download(repo_id: str, hub: HubOptions, paths: Collection[str]) -> str:
             library_name="ddim_fast",
         )
     except Exception as error:
-        raise _explain(repo_id, hub, error) or _unreachable(repo_id, "a download failed", error) from error
+        raise _explain(repo_id, hub, error) from error
 
 
 def _cached_source(repo_id: str, hub: HubOptions, reason: str, cause: Exception | None = None) -> Source:
@@ -164,19 +162,14 @@ def _cached_source(repo_id: str, hub: HubOptions, reason: str, cause: Exception 
             repo_id, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True, allow_patterns=[]
         )
     except Exception as error:
-        raise _explain(repo_id, hub, error) or _unreachable(repo_id, reason, cause or error) from (cause or error)
-    return folder_source(Path(folder), title=f"{folder} (the cached part of {repo_id!r}; {reason})")
+        raise _explain(repo_id, hub, cause or error) from (cause or error)
+    if cause is not None:
+        log_once(logger, logging.WARNING, f"{reason} for {repo_id!r} ({cause}); using what is in the cache")
+    return folder_source(Path(folder), title=f"{folder} (what is in the cache of {repo_id!r}; {reason})")
 
 
-def _unreachable(repo_id: str, reason: str, error: Exception) -> OSError:
-    return ConnectionError(
-        f"{repo_id!r} is not a folder in {os.getcwd()}, and as a model on the Hub it is not (completely) in the local "
-        f"cache, while {reason} ({type(error).__name__}: {error}); check the path, or download it once with a network"
-    )
-
-
-def _explain(repo_id: str, hub: HubOptions, error: Exception) -> Exception | None:
-    """The error of a lookup in the user's terms, or None for one that the cache may help with."""
+def _explain(repo_id: str, hub: HubOptions, error: Exception) -> Exception:
+    """What went wrong with a lookup or a download, in the user's terms."""
     from huggingface_hub import errors
 
     at_revision = f" at revision {hub.revision!r}" if hub.revision else ""
@@ -198,4 +191,7 @@ def _explain(repo_id: str, hub: HubOptions, error: Exception) -> Exception | Non
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return FileNotFoundError(f"{repo_id!r} on the Hub has nothing{at_revision}; check the revision's name")
-    return None
+    return ConnectionError(
+        f"{repo_id!r} is no folder in {os.getcwd()}, and as a model on the Hub it is not in the local cache and could "
+        f"not be downloaded ({type(error).__name__}: {error}); check the name, the network and the disk"
+    )

@@ -95,7 +95,7 @@ def parameters_on_meta() -> Iterator[None]:
     """Modules built in this thread get parameters without memory or initial values; buffers stay real."""
     owner = threading.get_ident()
 
-    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or threading.get_ident() != owner:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
