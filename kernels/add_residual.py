@@ -11,6 +11,8 @@ need the sum inside the convolution.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,14 +29,8 @@ from .nhwc import (
     offset,
     pixels,
 )
-from .statistics import (
-    chunk_count,
-    empty_statistics,
-    reference_statistics,
-    row_tile,
-    store_statistics,
-    welford_update,
-)
+from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
+from .tiles import chunk_count, row_tile
 
 
 def add_residual_reference(
@@ -128,7 +124,7 @@ def _launch_add_residual(
     """One launch; returns the statistics, or an empty tensor."""
     batch, rows, channels = x.shape[0], pixels(x), x.shape[-1]
     chunks = chunk_count(batch, rows, channels)
-    block_n, block_c = row_tile(-(-rows // chunks), channels)
+    block_n, block_c = row_tile(batch, rows, channels, chunks)
     stats = empty_statistics(out, want_stats)
     launch(
         _add_residual_kernel,
@@ -161,7 +157,13 @@ _ARGUMENTS = "Tensor x, Tensor? residual, Tensor? bias, float output_scale_facto
     mutates_args=(),
     schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
 )
-def _add_residual(x, residual, bias, output_scale_factor, want_stats):
+def _add_residual(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output_scale_factor: float,
+    want_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not use_triton(x):
         out = add_residual_reference(x, residual, bias, output_scale_factor)
         return out, reference_statistics(out, want_stats)
@@ -174,30 +176,50 @@ def _add_residual(x, residual, bias, output_scale_factor, want_stats):
     mutates_args=("out",),
     schema=f"({_ARGUMENTS}, Tensor(a!) out) -> Tensor",
 )
-def _add_residual_out(x, residual, bias, output_scale_factor, want_stats, out):
+def _add_residual_out(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output_scale_factor: float,
+    want_stats: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
     if use_triton(x):
         return _launch_add_residual(x, residual, bias, output_scale_factor, want_stats, out)
     return reference_statistics(add_residual_reference(x, residual, bias, output_scale_factor, out), want_stats)
 
 
 @_add_residual.register_fake
-def _(x, residual, bias, output_scale_factor, want_stats):
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output_scale_factor: float,
+    want_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), empty_statistics(x, want_stats)
 
 
 @_add_residual_out.register_fake
-def _(x, residual, bias, output_scale_factor, want_stats, out):
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output_scale_factor: float,
+    want_stats: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
     return empty_statistics(x, want_stats)
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, residual, bias, ctx.output_scale_factor, _ = inputs
     ctx.save_for_backward(x, residual, bias)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
-    def reference(x, residual, bias):
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def reference(x: torch.Tensor, residual: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         return add_residual_reference(x, residual, bias, ctx.output_scale_factor)
 
     return *backward_through(reference, ctx.saved_tensors, ctx.needs_input_grad[:3], grad), None, None

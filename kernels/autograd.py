@@ -16,6 +16,6 @@ def backward_through(
     """Run `reference(*inputs)` again and differentiate it; None for inputs that are not `needed`."""
     with torch.enable_grad():
         leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
         gradients = iter(torch.autograd.grad(reference(*leaves), wanted, grad))
     return tuple(next(gradients) if need else None for need in needed)

@@ -20,7 +20,7 @@ Roofline. At least: x and x2 read once, out written once. Three forms:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,8 @@ from .nhwc import (
     per_image,
     pixels,
 )
-from .statistics import channel_statistics, combine_chunks, launch_statistics, load_statistics
-
-SINGLE_ELEMENTS = 32768
-APPLY_ELEMENTS = 4096
-SECTOR_BYTES = 32
+from .statistics import channel_statistics, check_statistics, combine_chunks, launch_statistics, load_statistics
+from .tiles import Tile, apply_tile, chunk_tile, single_tile
 
 
 def group_norm_reference(
@@ -98,14 +95,25 @@ def group_norm_reference(
     return F.silu(out, inplace=True) if silu and out.dtype == torch.float32 else out
 
 
-def _differentiable(x, weight, bias, x2, add, scale, shift, num_groups, eps, silu):
+def _differentiable(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x2: torch.Tensor | None,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> torch.Tensor:
     """The same as one composite, for autograd."""
     h = flat(x).float() if x2 is None else torch.cat([flat(x), flat(x2)], -1).float()
     if add is not None:
         h = h + per_image(add)
     # Over (B, C, N) PyTorch's variance is Welford's; over channels_last images it is E[x²] - E[x]².
     y = F.group_norm(h.transpose(1, 2), num_groups, weight.float(), bias.float(), eps).transpose(1, 2)
-    if scale is not None:
+    if scale is not None and shift is not None:
         y = y * (1 + per_image(scale)) + per_image(shift)
     return (F.silu(y) if silu else y).to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -294,69 +302,6 @@ def _apply_kernel(
         tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
 
 
-class Tile(NamedTuple):
-    """What one program covers: whole groups, and rows BLOCK_N at a time."""
-
-    groups: int
-    rows: int
-    block_n: int
-    block_c: int
-    num_warps: int
-
-
-def _groups_at_least(num_groups: int, channels: int, channels_per_group: int) -> int:
-    """The smallest divisor of num_groups that is at least `channels` wide, or all groups."""
-    wide = (g for g in range(1, num_groups) if num_groups % g == 0 and g * channels_per_group >= channels)
-    return next(wide, num_groups)
-
-
-def single_tile(
-    batch: int, rows: int, num_groups: int, channels_per_group: int, itemsize: int, multiprocessors: int = 132
-) -> Tile | None:
-    """The tile that holds all pixels of a few groups in registers, or None where none does."""
-
-    def tile(groups: int) -> Tile:
-        block_n, block_c = triton.next_power_of_2(rows), triton.next_power_of_2(groups * channels_per_group)
-        return Tile(groups, rows, block_n, block_c, min(max(block_n * block_c // 2048, 1), 16))
-
-    best = tile(_groups_at_least(num_groups, SECTOR_BYTES // itemsize, channels_per_group))
-    if best.block_n * best.block_c > SINGLE_ELEMENTS:
-        return None
-    # Wider rows while tiles stay small and enough of them remain to fill the chip.
-    for groups in range(best.groups + 1, min(num_groups, 8) + 1):
-        wider = tile(groups)
-        small = wider.block_n * wider.block_c <= SINGLE_ELEMENTS // 4
-        if num_groups % groups == 0 and small and batch * num_groups // groups >= 2 * multiprocessors:
-            best = wider
-    return best
-
-
-def apply_tile(
-    batch: int,
-    rows: int,
-    num_groups: int,
-    channels_per_group: int,
-    itemsize: int,
-    chunks: int,
-    multiprocessors: int = 132,
-) -> Tile:
-    """The tile that is normalised with given statistics.
-
-    A program first combines `chunks` partials of each channel, so it covers at least eight times as many rows; rows
-    get narrower (down to a sector) before the grid gets too small to fill the chip.
-    """
-    fewest = min(8 * chunks, rows)
-    for row_bytes in (128, 64, SECTOR_BYTES):
-        groups = _groups_at_least(num_groups, row_bytes // itemsize, channels_per_group)
-        columns = batch * (num_groups // groups)
-        if columns * (rows // fewest) >= 4 * multiprocessors:
-            break
-    block_c = triton.next_power_of_2(groups * channels_per_group)
-    wanted = max(fewest, min(1024, columns * rows // (4 * multiprocessors)))
-    block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_ELEMENTS // block_c))
-    return Tile(groups, triton.cdiv(wanted, block_n) * block_n, block_n, block_c, 4)
-
-
 def _launch_group_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -416,7 +361,7 @@ def _launch_group_norm(
             stats, stats2 = both[..., :channels], both[..., channels:]
         elif missing:
             stats = launch_statistics(x)
-        else:
+        elif x2 is not None:
             stats2 = launch_statistics(x2)
     assert stats is not None
     chunks, chunks2 = stats.shape[1], 0 if stats2 is None else stats2.shape[1]
@@ -424,7 +369,6 @@ def _launch_group_norm(
     names = ("stride", "chunk_stride", "moment_stride")
     for name, partials in (("stats", stats), ("stats2", stats2)):
         strides |= {f"{name}_{n}": 0 if partials is None else partials.stride(i) for i, n in enumerate(names)}
-    block_k = triton.next_power_of_2(max(chunks, chunks2))
     launch(
         _apply_kernel,
         (batch * (num_groups // tile.groups) * triton.cdiv(rows, tile.rows),),
@@ -440,7 +384,7 @@ def _launch_group_norm(
             "chunks2": chunks2,
             **strides,
         },
-        {**constexprs(tile), "BLOCK_K": max(1, min(block_k, APPLY_ELEMENTS // tile.block_c))},
+        {**constexprs(tile), "BLOCK_K": chunk_tile(max(chunks, chunks2), tile.block_c)},
         num_warps=tile.num_warps,
     )
 
@@ -452,45 +396,39 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op("ddim_fast::group_norm", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def _group_norm(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2):
-    arguments = (x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2)
+def _group_norm(x: torch.Tensor, *others: Any) -> torch.Tensor:
     if not use_triton(x):
-        return group_norm_reference(*arguments)
-    out = _new_output(x, x2)
-    _launch_group_norm(*arguments, out)
+        return group_norm_reference(x, *others)
+    out = _new_output(x, *others)
+    _launch_group_norm(x, *others, out=out)
     return out
 
 
 @torch.library.custom_op(
     "ddim_fast::group_norm_out", mutates_args=("out",), schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()"
 )
-def _group_norm_out(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out):
-    run = _launch_group_norm if use_triton(x) else group_norm_reference
-    run(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out)
-
-
-def _new_output(x: torch.Tensor, x2: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
+def _group_norm_out(x: torch.Tensor, *others: Any) -> None:
+    (_launch_group_norm if use_triton(x) else group_norm_reference)(x, *others)
 
 
 @_group_norm.register_fake
-def _(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2):
-    return _new_output(x, x2)
+def _new_output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @_group_norm_out.register_fake
-def _(x, weight, bias, num_groups, eps, x2, silu, add, scale, shift, stats, stats2, out):
+def _(*_: Any) -> None:
     return None
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, bias, ctx.num_groups, ctx.eps, x2, ctx.silu, add, scale, shift, _, _ = inputs
     ctx.save_for_backward(x, weight, bias, x2, add, scale, shift)
 
 
-def _backward(ctx, grad):
-    def reference(*tensors):
-        return _differentiable(*tensors, ctx.num_groups, ctx.eps, ctx.silu)
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def reference(*tensors: Any) -> torch.Tensor:
+        return _differentiable(*tensors, num_groups=ctx.num_groups, eps=ctx.eps, silu=ctx.silu)
 
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 7, 8, 9)]
     x, weight, bias, x2, add, scale, shift = backward_through(reference, ctx.saved_tensors, needed, grad)
@@ -498,22 +436,6 @@ def _backward(ctx, grad):
 
 
 _group_norm.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _known(name: str, stats: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """Checked statistics of `x`; None where there are none (an empty tensor says so too)."""
-    if stats is None or stats.numel() == 0:
-        return None
-    batch, channels = x.shape[0], x.shape[-1]
-    if stats.dim() != 4 or (stats.shape[0], *stats.shape[2:]) != (batch, 2, channels):
-        raise ValueError(f"{name} has shape {tuple(stats.shape)}; expected ({batch}, chunks, 2, {channels})")
-    if stats.dtype != torch.float32:
-        raise TypeError(f"{name} is {stats.dtype}; expected float32, as add_residual returns it")
-    if channels > 1 and stats.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tuple(stats.stride())}; expected adjacent channels")
-    if stats.device != x.device:
-        raise ValueError(f"{name} is on {stats.device} beside an input on {x.device}; move one of them")
-    return stats
 
 
 def group_norm(
@@ -568,11 +490,11 @@ def group_norm(
             check_vector(name, vector, batch, channels, x)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together; pass zeros for the one that is not wanted")
-    stats = _known("stats", stats, x)
+    stats = check_statistics("stats", stats, x)
     if x2 is None and stats2 is not None:
         raise ValueError("stats2 is given without x2; leave it out")
     if x2 is not None:
-        stats2 = _known("stats2", stats2, x2)
+        stats2 = check_statistics("stats2", stats2, x2)
     arguments = (x, weight, bias, num_groups, float(eps), x2, silu, add, scale, shift, stats, stats2)
     if out is None:
         return _group_norm(*arguments)

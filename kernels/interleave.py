@@ -15,6 +15,8 @@ border of x (what no output takes) is not read; rows are C adjacent elements on 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,14 +24,8 @@ import triton.language as tl
 from .autograd import backward_through
 from .launch import launch, use_triton
 from .nhwc import check_activation, check_vector, image_stride, offset
-from .statistics import (
-    chunk_count,
-    empty_statistics,
-    reference_statistics,
-    row_tile,
-    store_statistics,
-    welford_update,
-)
+from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
+from .tiles import chunk_count, row_tile
 
 
 def interleave_reference(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -108,7 +104,7 @@ def _launch_interleave(
     batch, height, width, channels = out.shape
     rows = height * width
     chunks = chunk_count(batch, rows, channels)
-    block_n, block_c = row_tile(-(-rows // chunks), channels)
+    block_n, block_c = row_tile(batch, rows, channels, chunks)
     stats = empty_statistics(out, want_stats)
     launch(
         _interleave_kernel,
@@ -136,7 +132,7 @@ def _launch_interleave(
     mutates_args=(),
     schema="(Tensor x, Tensor? bias, bool want_stats) -> (Tensor, Tensor)",
 )
-def _interleave(x, bias, want_stats):
+def _interleave(x: torch.Tensor, bias: torch.Tensor | None, want_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if use_triton(x):
         out = _new_output(x)
         return out, _launch_interleave(x, bias, want_stats, out)
@@ -145,18 +141,18 @@ def _interleave(x, bias, want_stats):
 
 
 @_interleave.register_fake
-def _(x, bias, want_stats):
+def _(x: torch.Tensor, bias: torch.Tensor | None, want_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out = _new_output(x)
     return out, empty_statistics(out, want_stats)
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, bias, _ = inputs
     ctx.save_for_backward(x, bias)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *backward_through(interleave_reference, ctx.saved_tensors, ctx.needs_input_grad[:2], grad), None
 
 

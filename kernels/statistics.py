@@ -17,23 +17,7 @@ import triton.language as tl
 
 from .launch import launch, use_triton
 from .nhwc import flat, offset, pair_pointers, pixels
-
-MAX_CHUNKS = 64
-MIN_ROWS = 64
-STATISTICS_CHANNELS = 64
-
-
-def chunk_count(batch: int, rows: int, channels: int, multiprocessors: int = 132) -> int:
-    """K: a power of two, enough chunks for four programs per multiprocessor, at least 64 pixels each, at most 64.
-
-    The default is used on every card (an H100's 132), so that results do not change from card to card.
-    """
-    programs = batch * -(-channels // STATISTICS_CHANNELS)
-    limit = min(MAX_CHUNKS, rows // MIN_ROWS)
-    chunks = 1
-    while 2 * chunks <= limit and chunks * programs < 4 * multiprocessors:
-        chunks *= 2
-    return chunks
+from .tiles import chunk_count, row_tile
 
 
 def empty_statistics(out: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -166,10 +150,20 @@ def _statistics_kernel(
     store_statistics(stats, base, channel, inside, mean, m2, stop - start, channels, BLOCK_N)
 
 
-def row_tile(rows: int, channels: int, elements: int = 2048) -> tuple[int, int]:
-    """BLOCK_N, BLOCK_C of a kernel that walks over `rows` pixels, 64 channels at a time."""
-    block_c = min(triton.next_power_of_2(channels), STATISTICS_CHANNELS)
-    return min(triton.next_power_of_2(rows), elements // block_c), block_c
+def check_statistics(name: str, stats: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The statistics of `x`, or None where there are none (an empty tensor says so too); raise unless they fit."""
+    if stats is None or stats.numel() == 0:
+        return None
+    batch, channels = x.shape[0], x.shape[-1]
+    if stats.dim() != 4 or (stats.shape[0], *stats.shape[2:]) != (batch, 2, channels):
+        raise ValueError(f"{name} has shape {tuple(stats.shape)}; expected ({batch}, chunks, 2, {channels})")
+    if stats.dtype != torch.float32:
+        raise TypeError(f"{name} is {stats.dtype}; expected float32, as add_residual returns it")
+    if channels > 1 and stats.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tuple(stats.stride())}; expected adjacent channels")
+    if stats.device != x.device:
+        raise ValueError(f"{name} is on {stats.device} beside an input on {x.device}; move one of them")
+    return stats
 
 
 def launch_statistics(x: torch.Tensor, x2: torch.Tensor | None = None) -> torch.Tensor:
@@ -177,7 +171,7 @@ def launch_statistics(x: torch.Tensor, x2: torch.Tensor | None = None) -> torch.
     batch, rows, channels = x.shape[0], pixels(x), x.shape[-1]
     channels2 = 0 if x2 is None else x2.shape[-1]
     chunks = chunk_count(batch, rows, channels + channels2)
-    block_n, block_c = row_tile(-(-rows // chunks), channels + channels2)
+    block_n, block_c = row_tile(batch, rows, channels + channels2, chunks)
     stats = x.new_empty((batch, chunks, 2, channels + channels2), dtype=torch.float32)
     launch(
         _statistics_kernel,
