@@ -220,8 +220,7 @@ class DDIMScheduler(Configured):
 
     def _get_variance(self, timestep: int | torch.Tensor, prev_timestep: int | torch.Tensor) -> torch.Tensor:
         """σ² at eta 1: (1 - ᾱ_prev) / (1 - ᾱ_t) · (1 - ᾱ_t / ᾱ_prev), equation 16 of the paper."""
-        prod, prod_prev = self._alpha_prods(timestep, prev_timestep)
-        return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
+        return _variance(*self._alpha_prods(timestep, prev_timestep))
 
     def _coefficients(
         self, timestep: int | torch.Tensor, previous: int | torch.Tensor, eta: float
@@ -233,7 +232,7 @@ class DDIMScheduler(Configured):
         if not math.isfinite(eta):
             raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
         prod, prod_prev = self._alpha_prods(timestep, previous)
-        sigma = eta * self._get_variance(timestep, previous) ** 0.5
+        sigma = eta * _variance(prod, prod_prev) ** 0.5
         direction = (1 - prod_prev - sigma**2) ** 0.5
         return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
 
@@ -386,6 +385,10 @@ class DDIMScheduler(Configured):
         prods = self.alphas_cumprod.to(sample.device, sample.dtype)[timesteps.to(sample.device)]
         prods = prods.reshape(-1, *[1] * (sample.ndim - 1))
         return prods**0.5, (1 - prods) ** 0.5
+
+
+def _variance(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
+    return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

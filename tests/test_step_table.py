@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ddim_fast.kernels.ddim_step import ddim_step_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,22 +31,6 @@ def normal(seed):
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def apply_row(row, config, output, sample, noise, clipped):
-    """The update that `DDIMScheduler.step_table` describes, from its row alone."""
-    c0, c1, c2, c3, c4 = row[:5]
-    if config.prediction_type == "epsilon":
-        x0, e = (sample - c1 * output) / c0, output
-    elif config.prediction_type == "sample":
-        x0, e = output, (sample - c0 * output) / c1
-    else:
-        x0, e = c0 * sample - c1 * output, c0 * output + c1 * sample
-    if config.clip_sample:
-        x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-    if clipped:
-        e = (sample - c0 * x0) / c1
-    return c2 * x0 + c3 * e + c4 * noise
-
-
 def table_of(scheduler, schedule, eta):
     return scheduler.step_table(schedule.get("num_inference_steps"), eta, timesteps=schedule.get("timesteps"))
 
@@ -63,7 +48,15 @@ def test_rows_reproduce_step_to_the_bit(scheduler, schedule, eta, clipped):
         stepped = scheduler.step(
             output, timestep, sample, eta=eta, use_clipped_model_output=clipped, variance_noise=noise
         ).prev_sample
-        applied = apply_row(row, scheduler.config, output, sample, noise, clipped)
+        applied, _ = ddim_step_reference(
+            sample,
+            output,
+            row,
+            scheduler.config.prediction_type,
+            clip_range=1.0 if scheduler.config.clip_sample else None,
+            use_clipped_model_output=clipped,
+            noise=noise,
+        )
         torch.testing.assert_close(applied, stepped, rtol=0, atol=0, equal_nan=True)
 
 
