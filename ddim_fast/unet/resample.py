@@ -47,23 +47,25 @@ class Upsample2D(nn.Module):
         return hidden_states if self.conv is None else self.conv(hidden_states)
 
 
-def _binomial_filter(gain: float) -> Tensor:
-    """The separable [1, 3, 3, 1] filter as a (4, 4) kernel that sums to `gain`."""
-    row = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    return torch.outer(row, row) * (gain / 64)
+def _binomial_filter(images: Tensor, gain: float) -> Tensor:
+    """The separable [1, 3, 3, 1] filter as a kernel (1, 1, 4, 4) that sums to `gain`, like `images`."""
+    # Computed on the device: a constant from the host would be copied, which CUDA graphs cannot capture.
+    row = 4 - 2 * (torch.arange(4, dtype=images.dtype, device=images.device) - 1.5).abs()
+    return (row[:, None] * row * (gain / 64))[None, None]
 
 
-def _filter_down(images: Tensor, kernel: Tensor) -> Tensor:
-    """Filter every channel of padded `images` (N, C, H, W) with `kernel`, and keep every second pixel."""
+def _filter_down(images: Tensor) -> Tensor:
+    """Filter every channel of padded `images` (N, C, H, W), and keep every second pixel."""
     n, c, h, w = images.shape
-    out = F.conv2d(images.reshape(n * c, 1, h, w), kernel.to(images)[None, None], stride=2)
+    out = F.conv2d(images.reshape(n * c, 1, h, w), _binomial_filter(images, 1.0), stride=2)
     return out.reshape(n, c, *out.shape[-2:])
 
 
-def _filter_up(images: Tensor, kernel: Tensor, padding: int) -> Tensor:
+def _filter_up(images: Tensor, padding: int) -> Tensor:
     """Double every channel of `images` (N, C, H, W) with a transposed conv, cropping `padding` pixels a side."""
     n, c, h, w = images.shape
-    out = F.conv_transpose2d(images.reshape(n * c, 1, h, w), kernel.to(images)[None, None], stride=2, padding=padding)
+    kernel = _binomial_filter(images, 4.0)
+    out = F.conv_transpose2d(images.reshape(n * c, 1, h, w), kernel, stride=2, padding=padding)
     return out.reshape(n, c, *out.shape[-2:])
 
 
@@ -71,37 +73,25 @@ class FirDownsample2D(nn.Module):
     """Filter and halve with zeros around the image (Song et al. 2021, after StyleGAN2's upfirdn)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _filter_down(F.pad(hidden_states, (1, 1, 1, 1)), _binomial_filter(1.0))
+        return _filter_down(F.pad(hidden_states, (1, 1, 1, 1)))
 
 
 class FirUpsample2D(nn.Module):
     """Double and filter with zeros around the image (Song et al. 2021, after StyleGAN2's upfirdn)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _filter_up(hidden_states, _binomial_filter(4.0), padding=1)
+        return _filter_up(hidden_states, padding=1)
 
 
 class KDownsample2D(nn.Module):
     """Filter and halve with the image reflected at its border (k-diffusion)."""
 
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", _binomial_filter(1.0), persistent=False)
-
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _filter_down(F.pad(hidden_states, (1, 1, 1, 1), mode="reflect"), self.kernel)
+        return _filter_down(F.pad(hidden_states, (1, 1, 1, 1), mode="reflect"))
 
 
 class KUpsample2D(nn.Module):
     """Double and filter with the image reflected at its border (k-diffusion)."""
 
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", _binomial_filter(4.0), persistent=False)
-
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _filter_up(F.pad(hidden_states, (1, 1, 1, 1), mode="reflect"), self.kernel, padding=3)
+        return _filter_up(F.pad(hidden_states, (1, 1, 1, 1), mode="reflect"), padding=3)

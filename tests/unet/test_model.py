@@ -47,6 +47,28 @@ def test_sizes_dtype_and_device(small_config):
     assert ours.to("meta").device == torch.device("meta")
 
 
+def test_a_network_made_without_memory_runs_once_it_has_weights(twins, noisy):
+    """Nothing but the state dict holds values, so building on the meta device and assigning weights is enough."""
+    k = {"down_block_types": ("KDownBlock2D",) * 2, "up_block_types": ("KUpBlock2D",) * 2}
+    _, model = twins(**k)
+    with torch.device("meta"):
+        empty = UNet2DModel.from_config(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(empty.eval()(*noisy()).sample, model(*noisy()).sample)
+
+
+@pytest.mark.parametrize("kind", ["Down", "SkipDown", "KDown"])
+def test_it_exports_in_one_graph_with_any_batch(twins, noisy, kind):
+    up = kind.replace("Down", "Up")
+    _, model = twins(down_block_types=(f"{kind}Block2D",) * 2, up_block_types=(f"{up}Block2D",) * 2)
+    batch = torch.export.Dim("batch", min=2, max=8)
+    shapes = {"sample": {0: batch}, "timestep": {0: batch}}
+    exported = torch.export.export(model, noisy(), dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(*noisy(batch=5)).sample, model(*noisy(batch=5)).sample)
+
+
 def test_layers_say_what_they_compute(small_config):
     model = UNet2DModel(**small_config, attention_head_dim=16, norm_eps=1e-4, mid_block_scale_factor=2.0)
     resnet, attention = model.mid_block.resnets[0], model.mid_block.attentions[0]
