@@ -1,0 +1,9 @@
+"""High-volume jobs: plan, sampling, writers, resume, shards, Ray."""
+
+from .errors import BadImages, JobError
+from .report import Report
+from .run import generate
+from .seeds import Seeds, parse_seeds
+from .verify import Verification, verify
+
+__all__ = ["BadImages", "JobError", "Report", "Seeds", "Verification", "generate", "parse_seeds", "verify"]

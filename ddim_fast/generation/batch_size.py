@@ -1,0 +1,54 @@
+"""The batch size that `"auto"` means."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from .sampling import is_out_of_memory
+
+LARGEST = 1024
+# The widest activation then stays in the second and third level caches of any current CPU.
+CPU_CACHE = 8 * 2**20
+
+
+def choose_batch_size(pipe: Any, num_images: int, labels: list[int] | None) -> int:
+    """The largest power of two that fits: into the device's memory on CUDA, into the caches on CPU.
+
+    Never more than `num_images` needs. On CUDA it is found by sampling one step at growing sizes.
+    """
+    most = min(LARGEST, 1 << max(0, num_images - 1).bit_length())
+    if pipe.device.type != "cuda":
+        return min(most, _fits_cache(pipe.unet.config))
+    size = 1
+    while size * 2 <= most and _fits_device(pipe, size * 2, labels):
+        size *= 2
+    return size
+
+
+def _fits_cache(config: Any) -> int:
+    size = config["sample_size"]
+    pixels = size * size if isinstance(size, int) else size[0] * size[1]
+    wanted = CPU_CACHE // (4 * config["block_out_channels"][0] * pixels)
+    return int(min(64, 1 << max(0, wanted.bit_length() - 1)))
+
+
+def _fits_device(pipe: Any, size: int, labels: list[int] | None) -> bool:
+    arguments = {} if labels is None else {"class_labels": [labels[0]] * size}
+    free, total = torch.cuda.mem_get_info(pipe.device)
+    before = torch.cuda.memory_reserved(pipe.device)
+    try:
+        pipe.sample_uint8(batch_size=size, seeds=[0] * size, num_inference_steps=1, **arguments)
+        torch.cuda.synchronize(pipe.device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        gc.collect()
+    grown = torch.cuda.memory_reserved(pipe.device) - before
+    torch.cuda.empty_cache()
+    # A tenth of the device stays free for the step loop's tables and for what else runs on it.
+    return bool(grown < free - total // 10)

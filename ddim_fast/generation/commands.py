@@ -1,0 +1,184 @@
+"""The commands `ddim-fast generate` and `ddim-fast verify`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from .formats import FORMATS
+
+EXAMPLES = """
+\b
+Examples:
+  # 64 digits and a contact sheet, with the model that ships with the package
+  ddim-fast generate ddim-fast/digits --out samples
+\b
+  # an FID set: 50,000 images in the file guided-diffusion's evaluator reads
+  ddim-fast generate google/ddpm-cifar10-32 --seeds 0-49999 --format npz --out fid
+\b
+  # class 3 alone; every class equally often
+  ddim-fast generate MODEL --seeds 0-999 --class 3 --out threes
+  ddim-fast generate MODEL --seeds 0-9999 --class uniform --out balanced
+\b
+  # all GPUs of a machine; a Slurm step; a Ray cluster writing to S3
+  torchrun --nproc-per-node 8 --no-python ddim-fast generate MODEL --seeds 0-999999 --out run
+  srun --ntasks 16 --gpus-per-task 1 ddim-fast generate MODEL --seeds 0-999999 --out run
+  ddim-fast generate MODEL --seeds 0-999999 --ray auto --out s3://bucket/run
+
+A job that was cut off, by whatever, goes on when the same command is run again. Check it with `ddim-fast verify`.
+"""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--seeds", default="0-63", show_default=True, help="One image a seed: numbers and ranges, as 0-63,70,80."
+)
+@click.option("--out", required=True, help="Folder, or any fsspec path such as s3://bucket/run.")
+@click.option("--steps", default=50, show_default=True, help="Denoising steps.")
+@click.option("--eta", default=0.0, show_default=True, help="Noise of the steps: 0 is DDIM, 1 is DDPM.")
+@click.option("--batch", default="auto", show_default=True, help="Images in a forward; auto takes what fits.")
+@click.option("--class", "label", help="Class of every image, or `uniform`.")
+@click.option("--labels", help="File with a class a seed: .npy, or text with one a line.")
+@click.option(
+    "--format", "format_", type=click.Choice(list(FORMATS)), default="png", show_default=True, help="Output."
+)
+@click.option("--subdirs", is_flag=True, help="Put PNGs into folders of 1,000.")
+@click.option("--grid", help="File for a contact sheet; a bare name lies in OUT.  [default: grid.png up to 64 PNGs]")
+@click.option("--no-grid", is_flag=True, help="Make no contact sheet.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--engine", type=click.Choice(["auto", "plain", "fused", "graph"]), default="auto", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Start anew; removes what an earlier job wrote to OUT, nothing else.")
+@click.option("--on-bad", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
+              help="At a NaN or infinite image: stop, or leave it out and record it.")  # fmt: skip
+@click.option("--chunk-size", type=int, help="Images finished together, and in a tar or parquet file.")
+@click.option("--shard", help="K/N: shard K of N, from 0.  [default: from torchrun's or Slurm's variables]")
+@click.option("--ray", help="Run on Ray: local, auto, or a cluster's address.")
+@click.option("--workers", type=int, help="With --ray: how many models at most.")
+@click.option("--gpus-per-worker", type=float, help="With --ray: GPUs of each, a fraction is allowed.")
+@click.option("--log-json", is_flag=True, help="Progress and report as JSON lines on stdout.")
+@click.pass_context
+def generate(ctx: click.Context, model: str, **options: Any) -> None:
+    """Sample one image a seed from MODEL: a Hub name, a local folder, or ddim-fast/digits."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from .errors import JobError
+
+    try:
+        labels = _labels(options["label"], options["labels"])
+        batch = options["batch"] if options["batch"] == "auto" else _integer("--batch", options["batch"])
+        if options["no_grid"] and options["grid"]:
+            raise ValueError("--grid and --no-grid exclude each other")
+        from .run import generate as run
+        from .seeds import as_seeds, find_shard
+
+        if options["shard"] is None and not options["log_json"]:
+            index, count, source = find_shard()
+            if source:
+                click.echo(f"shard {index}/{count}, from {source}", err=True)
+        with _stopping_on_sigterm():
+            report = run(
+                model,
+                as_seeds(options["seeds"]),
+                options["out"],
+                num_inference_steps=options["steps"],
+                eta=options["eta"],
+                class_labels=labels,
+                batch_size=batch,
+                chunk_size=options["chunk_size"],
+                format=options["format_"],
+                subdirs=options["subdirs"],
+                device=None if options["device"] == "auto" else options["device"],
+                dtype=options["dtype"],
+                engine=options["engine"],
+                on_bad=options["on_bad"],
+                overwrite=options["overwrite"],
+                shard=options["shard"],
+                grid=False if options["no_grid"] else options["grid"],
+                ray=options["ray"],
+                workers=options["workers"],
+                gpus_per_worker=options["gpus_per_worker"],
+                log=sys.stdout if options["log_json"] else None,
+            )
+    except (ValueError, TypeError) as error:
+        _fail(ctx, 2, str(error))
+    except JobError as error:
+        _fail(ctx, 1, str(error))
+    except KeyboardInterrupt:
+        _fail(ctx, 130, "stopped; run the same command again to go on where it stopped")
+    except Terminated:
+        _fail(ctx, 143, "terminated; run the same command again to go on where it stopped")
+    if not options["log_json"]:
+        click.echo(report)
+
+
+@click.command()
+@click.argument("out")
+@click.option("--repair", is_flag=True, help="Drop damaged chunks, so that running the job again makes those alone.")
+@click.option("--hashes", type=click.File("w"), help="Write each file's SHA-256 here, as sha256sum -c reads it.")
+@click.pass_context
+def verify(ctx: click.Context, out: str, repair: bool, hashes: Any) -> None:
+    """Check the job in OUT: every seed once, every file whole. Exits 1 if anything is missing or damaged."""
+    from .errors import JobError
+    from .verify import verify as run
+
+    try:
+        result = run(out, repair=repair, hashes=hashes, progress=sys.stderr.isatty())
+    except (ValueError, OSError) as error:
+        _fail(ctx, 2, str(error))
+    except JobError as error:
+        _fail(ctx, 1, str(error))
+    click.echo(result)
+    if repair and result.damaged:
+        click.echo(f"dropped {len(result.damaged)} damaged chunks; run the same `ddim-fast generate` command again")
+    ctx.exit(0 if result.ok else 1)
+
+
+def _labels(label: str | None, file: str | None) -> Any:
+    if label is not None and file is not None:
+        raise ValueError("--class and --labels exclude each other")
+    if file is not None:
+        from .labels import read_labels
+
+        try:
+            return read_labels(file)
+        except OSError as error:
+            raise ValueError(f"--labels: {error}") from None
+    return label if label in (None, "uniform") else _integer("--class", str(label))
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        other = "auto" if option == "--batch" else "uniform"
+        raise ValueError(f"{option} must be a number or {other}, got {text!r}") from None
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    def stop(*_: Any) -> NoReturn:
+        # A second signal ends the process at once: what is finished is on disk under its name.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(ctx: click.Context, code: int, message: str) -> NoReturn:
+    click.echo(f"{ctx.command_path}: {message}", err=True)
+    ctx.exit(code)

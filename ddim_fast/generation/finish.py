@@ -1,0 +1,95 @@
+"""What is written once, when every chunk of a job is done; and what `overwrite` removes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .formats.png import write_png
+from .job import SETTINGS_FILE, Job
+from .store import FINISHED, LocalStore, Store, finish_record, open_store, record_name, write_finish_record
+
+GRID_IMAGES = 64
+
+
+def finish_job(job: Job, store: Store, finished: Mapping[int, Any]) -> None:
+    """Write the files of the whole job and record that it is finished. Doing it again writes the same bytes."""
+    names = job.format.finish(job, store, finished)
+    kept = [name for name in finish_record(store).get("files", []) if name not in names]
+    write_finish_record(store, names + kept, complete=True)
+
+
+def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -> None:
+    """Write a contact sheet of the first images: into the job's folder for a bare name, else where `grid` says."""
+    sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
+    if sheet is None:
+        return
+    data = write_png(sheet, {})
+    if "/" not in grid and os.sep not in grid:
+        store.write(grid, data)
+        files = finish_record(store).get("files", [])
+        write_finish_record(store, [*(name for name in files if name != grid), grid], complete=True)
+    elif "://" in grid:
+        folder, name = grid.rsplit("/", 1)
+        open_store(folder).write(name, data)
+    else:
+        path = Path(grid)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_bytes(data)
+        draft.replace(path)
+
+
+def read_images(job: Job, store: Store, finished: Mapping[int, Any]) -> Iterator[np.ndarray]:
+    """Every image of a job in the order of its seeds."""
+    for index in range(job.num_chunks):
+        bad = set(finished[index]["bad"])
+        seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
+        yield from job.format.decode(job, seeds, job.format.contents(job, store, seeds, index, finished))
+
+
+def contact_sheet(images: list[np.ndarray]) -> np.ndarray | None:
+    """`images`, uint8 (H, W, C), side by side in a square with a margin of 2 pixels; None of none."""
+    if not images:
+        return None
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width, channels = images[0].shape
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 255, np.uint8)
+    for at, image in enumerate(images):
+        top, left = (at // columns) * (height + 2) + 2, (at % columns) * (width + 2) + 2
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def remove_job(job: Job, store: Store) -> int:
+    """Remove what the job in `store` wrote and nothing else; how many files that was.
+
+    Records go first and the settings last, so that a removal that is cut off leaves a job that can be resumed or
+    removed again.
+    """
+    made = finish_record(store).get("files", [])
+    store.remove([*(record_name(index) for index in range(job.num_chunks))])
+    removed = store.remove(
+        name for index in range(job.num_chunks) for name in job.format.files(job, job.chunk_seeds(index), index)
+    )
+    removed += store.remove(made)
+    store.remove([FINISHED])
+    return removed + store.remove([SETTINGS_FILE])
+
+
+def foreign_files(job: Job, store: Store) -> list[str]:
+    """Names that the job would write but that are already there, at most one; for a folder that holds no job."""
+    if not store.names("") and not _has_folders(store):
+        return []
+    names = (name for index in range(job.num_chunks) for name in job.format.files(job, job.chunk_seeds(index), index))
+    return list(islice((name for name in names if store.exists(name)), 1))
+
+
+def _has_folders(store: Store) -> bool:
+    return not isinstance(store, LocalStore) or bool(os.listdir(store.out))

@@ -1,0 +1,116 @@
+"""One `samples.npz` for the whole job, as guided-diffusion's evaluator reads it: `arr_0` uint8 NHWC, `arr_1` labels.
+
+While the job runs each chunk is a file of raw pixels; at the end they become one array, in the order of the seeds,
+without ever holding more than a chunk in memory. Damaged chunks of a finished job are replaced the same way: the
+others come from the `samples.npz` that is there.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import JobError
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..store import Store
+
+DEFAULT_CHUNK = 1024
+ARRAY = "samples.npz"
+
+
+def files(job: Job, seeds: Sequence[int], index: int) -> list[str]:
+    return [f".ddim-fast/pixels/{index:06d}"]
+
+
+def encode(job: Job, image: np.ndarray, seed: int, label: int | None) -> bytes:
+    return image.tobytes()
+
+
+def pack(
+    job: Job, index: int, seeds: Sequence[int], labels: Sequence[int] | None, encoded: Sequence[bytes]
+) -> list[tuple[str, bytes]]:
+    return [(files(job, seeds, index)[0], b"".join(encoded))]
+
+
+def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]) -> list[bytes]:
+    name = files(job, seeds, index)[0]
+    try:
+        return [store.read(name)]
+    except FileNotFoundError:
+        pass
+    # Skipped images take no room, so a chunk starts where the images before it end. A chunk whose record was dropped
+    # for repair counts as whole here; where it was not, the digest of those after it will not agree.
+    image = int(np.prod(job.image_shape))
+    before = sum(
+        finished[other]["images"] if other in finished else len(job.chunk_seeds(other)) for other in range(index)
+    )
+    try:
+        with store.open(ARRAY) as file, zipfile.ZipFile(file) as archive:
+            data_at = _data_offset(archive, file)
+            file.seek(data_at + before * image)
+            return [file.read(len(seeds) * image)]
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{ARRAY}: {error}") from None
+
+
+def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterator[np.ndarray]:
+    pixels = np.frombuffer(contents[0], np.uint8)
+    if pixels.size != len(seeds) * np.prod(job.image_shape):
+        raise ValueError(f"holds {pixels.size} bytes, not those of {len(seeds)} images {job.image_shape}")
+    yield from pixels.reshape(len(seeds), *job.image_shape)
+
+
+def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> list[str]:
+    from ..job import chunk_digest
+
+    total = sum(finished[index]["images"] for index in range(job.num_chunks))
+    labels: list[int] = []
+    with store.scratch(ARRAY) as draft, zipfile.ZipFile(draft, "w") as archive:
+        with _member(archive, "arr_0") as member:
+            _write_header(member, np.dtype(np.uint8), (total, *job.image_shape))
+            for index in range(job.num_chunks):
+                chunk, bad = job.chunk(index), set(finished[index]["bad"])
+                kept = [at for at, seed in enumerate(chunk.seeds) if seed not in bad]
+                (pixels,) = contents(job, store, [chunk.seeds[at] for at in kept], index, finished)
+                if chunk_digest([pixels]) != finished[index]["sha256"]:
+                    raise JobError(
+                        f"chunk {index} of {ARRAY} is damaged; run `ddim-fast verify --repair {store.out}`, "
+                        "then this command again"
+                    )
+                member.write(pixels)
+                if chunk.labels is not None:
+                    labels += [chunk.labels[at] for at in kept]
+        if job.settings["class_labels"] is not None:
+            with _member(archive, "arr_1") as member:
+                _write_header(member, np.dtype(np.int64), (total,))
+                member.write(np.asarray(labels, np.int64).tobytes())
+    store.remove(files(job, [], index)[0] for index in range(job.num_chunks))
+    return [ARRAY]
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    # A fixed time (the zip format's first), so that the same images make the same bytes.
+    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    return archive.open(info, "w", force_zip64=True)
+
+
+def _write_header(member: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(member, header)
+
+
+def _data_offset(archive: zipfile.ZipFile, file: IO[bytes]) -> int:
+    """Where the pixels of `arr_0` start in `file`."""
+    with archive.open("arr_0.npy") as member:
+        np.lib.format.read_magic(member)
+        np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    info = archive.getinfo("arr_0.npy")
+    file.seek(info.header_offset + 26)
+    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return int(info.header_offset + 30 + name + extra + header)

@@ -1,0 +1,152 @@
+"""What a job is: its settings, how they are kept in `job.json`, and its division into chunks."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import formats
+from .labels import Labels
+from .seeds import Seeds, parse_seeds
+from .store import Store
+
+SETTINGS_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of a job's images that is finished as a whole. `labels` is None for an unconditional model."""
+
+    index: int
+    start: int
+    seeds: list[int]
+    labels: list[int] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job. `settings` is what two runs must agree on; `labels` is None where a job is only read back."""
+
+    seeds: Seeds
+    labels: Labels | None
+    settings: dict[str, Any]
+    model: str | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.settings["batch_size"])
+
+    @property
+    def chunk_size(self) -> int:
+        return int(self.settings["chunk_size"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        height, width, channels = self.settings["image_shape"]
+        return height, width, channels
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self.seeds) // self.chunk_size)
+
+    @property
+    def format(self) -> ModuleType:
+        return formats.load(self.settings["format"])
+
+    @functools.cached_property
+    def png_settings(self) -> bytes:
+        """The settings that a PNG carries as text."""
+        kept = ("num_inference_steps", "eta", "timesteps", "batch_size", "dtype", "engine", "weights")
+        text = {"model": self.model, **{name: self.settings[name] for name in kept}}
+        return json.dumps(text, ensure_ascii=True).encode()
+
+    def chunk_seeds(self, index: int) -> list[int]:
+        start = index * self.chunk_size
+        seeds = self.seeds[start : start + self.chunk_size]
+        assert isinstance(seeds, list)
+        return seeds
+
+    def chunk(self, index: int) -> Chunk:
+        seeds, start = self.chunk_seeds(index), index * self.chunk_size
+        return Chunk(index, start, seeds, self.labels.take(start, seeds) if self.labels else None)
+
+    def shard(self, index: int, count: int) -> range:
+        """The chunks of shard `index` of `count`."""
+        return range(index, self.num_chunks, count)
+
+    def missing(self, finished: Mapping[int, Any], index: int = 0, count: int = 1) -> Iterator[int]:
+        """The chunks of a shard that are not `finished`."""
+        return (chunk for chunk in self.shard(index, count) if chunk not in finished)
+
+
+def fingerprint(unet: Any, scheduler: Any) -> str:
+    """SHA-256 of a model's weights (names, dtypes, shapes, bytes) and of its own and its scheduler's config."""
+    digest = hashlib.sha256()
+    for config in (unet.config, scheduler.config):
+        public = {name: value for name, value in dict(config).items() if not name.startswith("_")}
+        digest.update(json.dumps(public, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()) if flat.numel() else b"")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def settings_text(job: Job) -> bytes:
+    """The content of `job.json`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        ours = version("ddim_fast")
+    except PackageNotFoundError:
+        ours = "unknown"
+    content = {"ddim_fast": ours, "model": job.model, "settings": job.settings}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def read_job(store: Store) -> Job | None:
+    """The job whose folder this is, without its labels; None if the folder holds no job.
+
+    Raises `ValueError` if `job.json` is not a job's.
+    """
+    try:
+        text = store.read(SETTINGS_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        content = json.loads(text)
+        settings = content["settings"]
+        return Job(parse_seeds(settings["seeds"]), None, settings, content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{store.out}/{SETTINGS_FILE} is not the settings of a job ({error})") from None
+
+
+def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], out: str) -> None:
+    """Raise `ValueError`, with every difference, unless two runs' settings agree."""
+    names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+    if names:
+        differences = "; ".join(
+            f"{name} is {_short(there.get(name))}, now {_short(wanted.get(name))}" for name in names
+        )
+        raise ValueError(
+            f"{out} holds a job with other settings: {differences}. Repeat its settings, choose another folder, "
+            "or start anew with overwrite"
+        )
+
+
+def chunk_digest(files: list[bytes]) -> str:
+    """SHA-256 over the SHA-256 of each file of a chunk."""
+    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files)).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:56]} …"

@@ -1,0 +1,158 @@
+"""From seeds to uint8 images on the host, in batches that are always full."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .job import Chunk, Job
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[Chunk, int, np.ndarray, np.ndarray], None]
+
+
+@dataclass
+class _Batch:
+    chunk: Chunk
+    offset: int
+    count: int
+    images: torch.Tensor
+    bad: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+class Sampler:
+    """Runs a pipeline over chunks. `seconds` adds up what sampling and copying took."""
+
+    def __init__(self, pipe: Any, job: Job):
+        self.pipe, self.job = pipe, job
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.parts = 1
+        self.cuda = pipe.device.type == "cuda"
+        self.pinned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.turn = 0
+
+    def run(self, chunks: Any, emit: Emit) -> None:
+        """Sample `chunks` and hand `emit(chunk, offset, images, bad)` each batch without its padding.
+
+        `images` is a uint8 array (n, H, W, C) that the caller may keep, `bad` a bool array (n,). On CUDA a batch is
+        handed over once the next one is queued, so the device never waits for the host.
+        """
+        waiting: _Batch | None = None
+        for chunk in chunks:
+            for offset in range(0, len(chunk.seeds), self.job.batch_size):
+                batch = self._launch(chunk, offset)
+                if waiting:
+                    self._hand_over(waiting, emit)
+                waiting = batch
+                if not self.cuda:
+                    self._hand_over(batch, emit)
+                    waiting = None
+        if waiting:
+            self._hand_over(waiting, emit)
+
+    def _launch(self, chunk: Chunk, offset: int) -> _Batch:
+        size = self.job.batch_size
+        seeds = chunk.seeds[offset : offset + size]
+        labels = chunk.labels[offset : offset + size] if chunk.labels is not None else None
+        padding = size - len(seeds)
+        seeds, count = seeds + seeds[-1:] * padding, len(seeds)
+        if labels is not None:
+            labels = labels + labels[-1:] * padding
+        start = time.perf_counter()
+        images, bad = self._buffers()
+        while True:
+            try:
+                self._sample_parts(seeds, labels, images, bad)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.parts >= size:
+                    raise
+                self.parts *= 2
+                logger.warning(
+                    "out of memory at batch size %d; from here on each batch runs in %d parts of %d "
+                    "(images may differ by rounding from those of whole batches)",
+                    size, self.parts, -(-size // self.parts),
+                )  # fmt: skip
+            if self.cuda:
+                torch.cuda.empty_cache()
+        done = None
+        if self.cuda:
+            done = torch.cuda.Event()
+            done.record()
+        self.seconds["sampling"] += time.perf_counter() - start
+        return _Batch(chunk, offset, count, images, bad, done)
+
+    def _sample_parts(
+        self, seeds: Sequence[int], labels: Sequence[int] | None, images: torch.Tensor, bad: torch.Tensor
+    ) -> None:
+        part = -(-len(seeds) // self.parts)
+        for at in range(0, len(seeds), part):
+            # The last part is padded too: every forward of a job has one shape.
+            at = min(at, len(seeds) - part)
+            here = slice(at, at + part)
+            pixels, flags = sample_uint8(
+                self.pipe, self.job, seeds[here], labels[here] if labels is not None else None
+            )
+            images[here].copy_(pixels, non_blocking=True)
+            bad[here].copy_(flags, non_blocking=True)
+
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.job.batch_size, *self.job.image_shape)
+        if not self.cuda:
+            return torch.empty(shape, dtype=torch.uint8), torch.empty(shape[0], dtype=torch.bool)
+        if not self.pinned:
+            self.pinned = [
+                (
+                    torch.empty(shape, dtype=torch.uint8, pin_memory=True),
+                    torch.empty(shape[0], dtype=torch.bool, pin_memory=True),
+                )
+                for _ in range(2)
+            ]
+        self.turn = 1 - self.turn
+        return self.pinned[self.turn]
+
+    def _hand_over(self, batch: _Batch, emit: Emit) -> None:
+        start = time.perf_counter()
+        if batch.done is not None:
+            batch.done.synchronize()
+        ready = time.perf_counter()
+        images, bad = batch.images[: batch.count].numpy(), batch.bad[: batch.count].numpy()
+        if self.cuda:
+            images, bad = images.copy(), bad.copy()
+        self.seconds["sampling"] += ready - start
+        self.seconds["copying"] += time.perf_counter() - ready
+        emit(batch.chunk, batch.offset, images, bad)
+
+
+def sample_uint8(
+    pipe: Any, job: Job, seeds: Sequence[int], labels: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call of the pipeline with a job's settings: uint8 (B, H, W, C) and a bool (B,), True for a bad image."""
+    settings = job.settings
+    arguments = {} if labels is None else {"class_labels": list(labels)}
+    if settings["timesteps"] is not None:
+        arguments["timesteps"] = settings["timesteps"]
+    pixels, bad = pipe.sample_uint8(
+        batch_size=len(seeds),
+        seeds=list(seeds),
+        eta=settings["eta"],
+        num_inference_steps=settings["num_inference_steps"],
+        **arguments,
+    )
+    return pixels, bad
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device's or the host's memory is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,150 @@
+"""The seeds of a job: runs of integers that stay runs in memory, and the shards that divide them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+LARGEST_SEED = 2**63 - 1
+_RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
+
+
+class Seeds:
+    """An ordered set of seeds in [0, 2**63), kept as runs of consecutive numbers.
+
+    `len`, indexing, slicing (a slice gives a list of ints), iteration and `str` (the text `parse_seeds` reads).
+    """
+
+    def __init__(self, first: Iterable[int], count: Iterable[int]):
+        """Build from runs `first[i], first[i] + 1, …` of `count[i]` seeds. Raises `ValueError` for a repeated seed."""
+        self.first = np.asarray(first, dtype=np.int64)
+        self.ends = np.cumsum(np.asarray(count, dtype=np.int64))
+        if not len(self.first):
+            raise ValueError("seeds is empty; name at least one, for example 0-63")
+        order = np.argsort(self.first, kind="stable")
+        last = (self.first + np.diff(self.ends, prepend=0) - 1)[order]
+        again = np.flatnonzero(last[:-1] >= self.first[order][1:])
+        if len(again):
+            seed = self.first[order][again[0] + 1]
+            raise ValueError(f"seeds names {seed} twice; an image is its seed, so every seed may appear once")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, where: int | slice) -> int | list[int]:
+        if isinstance(where, slice):
+            start, stop, step = where.indices(len(self))
+            at = np.arange(start, stop, step)
+        else:
+            at = np.arange(len(self))[where : where + 1] if where < 0 else np.array([where])
+            if not len(at) or at[0] >= len(self):
+                raise IndexError(f"there are {len(self)} seeds; position {where} is not one of them")
+        run = np.searchsorted(self.ends, at, side="right")
+        starts = np.concatenate(([0], self.ends[:-1]))
+        values: list[int] = (self.first[run] + (at - starts[run])).tolist()
+        return values if isinstance(where, slice) else values[0]
+
+    def __iter__(self) -> Iterator[int]:
+        start = 0
+        for first, end in zip(self.first.tolist(), self.ends.tolist(), strict=True):
+            yield from range(first, first + end - start)
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seeds) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __str__(self) -> str:
+        counts = np.diff(self.ends, prepend=0).tolist()
+        pairs = zip(self.first.tolist(), counts, strict=True)
+        return ",".join(f"{a}" if n == 1 else f"{a}-{a + n - 1}" for a, n in pairs)
+
+    def __repr__(self) -> str:
+        return f"Seeds({str(self)!r})"
+
+
+def parse_seeds(text: str) -> Seeds:
+    """Read `"0-49999"` or `"1,2,5-10"`: numbers and ranges (both ends included), in this order.
+
+    Raises `ValueError` naming the part that is not a seed or a range, runs backwards, or repeats a seed.
+    """
+    first, count = [], []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part)
+        if not match:
+            raise ValueError(f"seeds: {part.strip()!r} is neither a number nor a range such as 0-63")
+        a, b = int(match[1]), int(match[2] or match[1])
+        if b < a:
+            raise ValueError(f"seeds: {part.strip()!r} runs backwards; write {b}-{a}")
+        if b > LARGEST_SEED:
+            raise ValueError(f"seeds: {b} is too large; the largest seed is {LARGEST_SEED}")
+        first.append(a)
+        count.append(b - a + 1)
+    return Seeds(first, count)
+
+
+def as_seeds(seeds: Seeds | str | int | range | Iterable[int]) -> Seeds:
+    """Take seeds as text, one int, a range or any iterable of ints. Raises `ValueError` or `TypeError`."""
+    if isinstance(seeds, Seeds):
+        return seeds
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    if isinstance(seeds, int):
+        seeds = [seeds]
+    if isinstance(seeds, range) and seeds.step == 1:
+        if len(seeds) and (seeds.start < 0 or seeds.stop - 1 > LARGEST_SEED):
+            raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {seeds}")
+        return Seeds([seeds.start] if len(seeds) else [], [len(seeds)] if len(seeds) else [])
+    values = np.asarray(list(seeds) if not isinstance(seeds, np.ndarray) else seeds)
+    if values.size == 0:
+        return Seeds([], [])
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise TypeError(f"seeds must be integers (text, a range or a list), got an array of {values.dtype}")
+    if values.min() < 0 or int(values.max()) > LARGEST_SEED:
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {wrong}")
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(values) != 1)))
+    return Seeds(values[starts], np.diff(np.append(starts, len(values))))
+
+
+def parse_shard(shard: str | tuple[int, int]) -> tuple[int, int]:
+    """Read `"K/N"`, shard K of N counted from 0, and check it. Raises `ValueError`."""
+    if isinstance(shard, str):
+        match = re.fullmatch(r"(\d+)/(\d+)", shard.strip())
+        if not match:
+            raise ValueError(f"shard must look like 0/4 (the first of four), got {shard!r}")
+        index, count = int(match[1]), int(match[2])
+    else:
+        index, count = shard
+    if count < 1 or not 0 <= index < count:
+        raise ValueError(f"shard is {index}/{count}; shards count from 0, so N shards are 0/N to N-1/N")
+    return index, count
+
+
+def find_shard(environ: Mapping[str, str] = os.environ) -> tuple[int, int, str]:
+    """The shard that torchrun's or Slurm's variables give this process, and where it was read.
+
+    Slurm: the tasks of a step (`srun`), the tasks of an array (`--array`), or both. A command that a batch script
+    runs without `srun` is one process, whatever `--ntasks` says.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        index, count = parse_shard(f"{environ['RANK']}/{environ['WORLD_SIZE']}")
+        return index, count, "RANK and WORLD_SIZE"
+    index, count, source = 0, 1, ""
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        task, low, high, total = (int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
+        if high - low + 1 != total:
+            raise ValueError(
+                f"the Slurm array has gaps ({low} to {high}, {total} tasks); number it without, or pass a shard"
+            )
+        index, count, source = task - low, total, "the Slurm array"
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+        index, count = index * tasks + int(environ["SLURM_PROCID"]), count * tasks
+        source = "the Slurm array and step" if source else "the Slurm step"
+    return *parse_shard((index, count)), source if count > 1 else ""

@@ -1,0 +1,275 @@
+"""Where a job's files lie: a local folder, where a chunk's files appear whole, or any fsspec path.
+
+Beside the images a job keeps `job.json` (its settings) and `.ddim-fast/`: one small record for each finished chunk,
+and, while it runs, locks and temporary files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol
+
+from .lock import job_lock, locked
+
+HIDDEN = ".ddim-fast"
+RECORDS = f"{HIDDEN}/chunks"
+DRAFTS = f"{HIDDEN}/tmp"
+FINISHED = f"{HIDDEN}/finished.json"
+
+Files = Sequence[tuple[str, bytes]]
+
+
+class Store(Protocol):
+    """Names are relative to the job's folder, with forward slashes. Every method may raise `OSError`."""
+
+    out: str
+
+    def held(self, index: int, count: int) -> AbstractContextManager[None]: ...
+    def finishing(self) -> AbstractContextManager[None]: ...
+    def read(self, name: str) -> bytes: ...
+    def open(self, name: str) -> Any: ...
+    def exists(self, name: str) -> bool: ...
+    def names(self, folder: str) -> list[str]: ...
+    def write(self, name: str, data: bytes) -> None: ...
+    def create(self, name: str, data: bytes) -> bool: ...
+    def publish(self, files: Files, record: tuple[str, bytes]) -> None: ...
+    def scratch(self, name: str) -> Any: ...
+    def remove(self, names: Iterable[str]) -> int: ...
+    def prepare(self) -> None: ...
+    def close(self, finished: bool) -> None: ...
+
+
+def open_store(out: str | os.PathLike[str], tag: str = "all") -> Store:
+    """The store at `out`; runs that work at the same time need different `tag`s."""
+    out = os.fspath(out)
+    if "://" in out:
+        if not out.startswith(("file://", "local://")):
+            from .remote import RemoteStore
+
+            return RemoteStore(out)
+        out = out.split("://", 1)[1]
+    return LocalStore(out, tag)
+
+
+class LocalStore:
+    """A folder on a file system that renames atomically."""
+
+    def __init__(self, out: str, tag: str):
+        self.out = os.path.abspath(os.path.expanduser(out))
+        self.drafts = self.path(f"{DRAFTS}/{tag}")
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
+
+    @contextmanager
+    def held(self, index: int, count: int) -> Iterator[None]:
+        """Hold shard `index` of `count` for this process, with the folders made and dead runs' drafts dropped.
+
+        Raises `JobError` if another run holds it.
+        """
+        made = not os.path.isdir(self.out)
+        os.makedirs(self.path(HIDDEN), exist_ok=True)
+        try:
+            with job_lock(self.path(HIDDEN), index, count):
+                if count == 1:
+                    shutil.rmtree(self.path(DRAFTS), ignore_errors=True)
+                shutil.rmtree(self.drafts, ignore_errors=True)
+                os.makedirs(self.path(RECORDS), exist_ok=True)
+                self.prepare()
+                yield
+        finally:
+            # A run that was refused leaves no empty folders behind.
+            for folder in (self.path(RECORDS), self.path(HIDDEN), *([self.out] if made else [])):
+                with suppress(OSError):
+                    os.rmdir(folder)
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """Hold the right to write the files of the whole job, after waiting for a run that does."""
+        return locked(self.path(f"{HIDDEN}/finish.lock"), wait=True)
+
+    def prepare(self) -> None:
+        """Make the folder of this process's drafts."""
+        os.makedirs(self.path(DRAFTS), exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(self.drafts)
+
+    def read(self, name: str) -> bytes:
+        with open(self.path(name), "rb") as file:
+            return file.read()
+
+    def open(self, name: str) -> Any:
+        return open(self.path(name), "rb")
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self.path(name))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files directly in `folder`, empty if there is no such folder."""
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                return [entry.name for entry in entries if entry.is_file()]
+        except FileNotFoundError:
+            return []
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace `name` as a whole, on disk when this returns."""
+        with self.scratch(name) as draft, open(draft, "wb") as file:
+            file.write(data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write `name` unless it exists; whether this call wrote it. Safe between processes."""
+        draft = self._draft()
+        try:
+            with open(draft, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, self.path(name))
+        except FileExistsError:
+            return False
+        finally:
+            with suppress(OSError):
+                os.unlink(draft)
+        return True
+
+    def publish(self, files: Files, record: tuple[str, bytes]) -> None:
+        """Write `files`, flush them to disk once, then give them and their `record` their names, the record last."""
+        folder = self._draft()
+        os.mkdir(folder)
+        try:
+            for number, (_, data) in enumerate([*files, record]):
+                _write_file(f"{folder}/{number}", data)
+            if len(files) == 1:
+                _fsync(f"{folder}/0")
+            elif files:
+                sync_file_system(folder)
+            for parent in {os.path.dirname(name) for name, _ in files}:
+                self._make_parent(parent)
+            for number, (name, _) in enumerate([*files, record]):
+                os.rename(f"{folder}/{number}", self.path(name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[str]:
+        """A temporary path to write to; when the block ends without an error it is flushed and becomes `name`."""
+        draft = self._draft()
+        try:
+            yield draft
+            _fsync(draft)
+            self._make_parent(os.path.dirname(name))
+            os.rename(draft, self.path(name))
+        finally:
+            with suppress(OSError):
+                os.unlink(draft)
+
+    def remove(self, names: Iterable[str]) -> int:
+        """Remove the files that exist among `names`, and folders below the job's that this leaves empty."""
+        removed, parents = 0, set()
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(self.path(name))
+                removed += 1
+            parents.add(os.path.dirname(name))
+        for parent in parents - {""}:
+            with suppress(OSError):
+                os.rmdir(self.path(parent))
+        return removed
+
+    def close(self, finished: bool) -> None:
+        """Drop temporary files and make the renames durable; with `finished`, drop every shard's temporary files."""
+        shutil.rmtree(self.path(DRAFTS) if finished else self.drafts, ignore_errors=True)
+        with suppress(OSError):
+            os.rmdir(self.path(DRAFTS))
+        if os.path.isdir(self.out):
+            sync_file_system(self.out)
+
+    def _draft(self) -> str:
+        return os.path.join(self.drafts, f"{threading.get_ident()}-{os.urandom(4).hex()}")
+
+    def _make_parent(self, parent: str) -> None:
+        # One level at a time below `out`, so that a folder that vanished is an error and not made anew.
+        at = self.out
+        for part in parent.split("/") if parent else []:
+            at = os.path.join(at, part)
+            with suppress(FileExistsError):
+                os.mkdir(at)
+
+
+def sync_file_system(path: str) -> None:
+    """Flush the file system that holds `path` to disk. Raises `OSError` if a write failed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):
+        os.sync()
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if libc.syncfs(handle) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(handle)
+
+
+def read_records(store: Store) -> dict[int, dict[str, Any]]:
+    """The finished chunks: index to record. One that a power failure left empty counts as unfinished."""
+    records = {}
+    for name in store.names(RECORDS):
+        with suppress(ValueError, KeyError):
+            record = json.loads(store.read(f"{RECORDS}/{name}"))
+            record["images"], record["sha256"], record["bad"]
+            records[int(name.removesuffix(".json"))] = record
+    return records
+
+
+def record_name(index: int) -> str:
+    return f"{RECORDS}/{index:06d}.json"
+
+
+def temporary_file() -> str:
+    """A fresh local file for a store that keeps nothing locally."""
+    handle, path = tempfile.mkstemp(prefix="ddim-fast-")
+    os.close(handle)
+    return path
+
+
+def _write_file(path: str, data: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+    finally:
+        os.close(handle)
+
+
+def _fsync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_finished(store: Store) -> bool:
+    """Whether the files of the whole job are written and no chunk was dropped since."""
+    return bool(finish_record(store).get("complete"))
+
+
+def finish_record(store: Store) -> dict[str, Any]:
+    """`files`, the names of the files of the whole job, and whether they are `complete`; empty before the first."""
+    with suppress(FileNotFoundError, ValueError):
+        record: dict[str, Any] = json.loads(store.read(FINISHED))
+        return record
+    return {}
+
+
+def write_finish_record(store: Store, files: list[str], complete: bool) -> None:
+    store.write(FINISHED, (json.dumps({"files": files, "complete": complete}) + "\n").encode())

@@ -1,0 +1,150 @@
+"""`verify`: whether a finished job, or a set of shards, is all there and undamaged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from .errors import JobError
+from .job import Job, chunk_digest, read_job
+from .store import Store, finish_record, open_store, read_records, record_name, write_finish_record
+
+THREADS = 4
+
+
+@dataclass
+class Verification:
+    """What `verify` found. `problems`: one line each. `damaged`: the chunks to make again. `bad`: seeds recorded as
+    left out. `images` decode and are those of their seeds; `images + len(bad) == total` if the job is `ok`."""
+
+    out: str
+    total: int
+    images: int = 0
+    bad: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    missing: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Every seed once, every file whole."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        left_out = f", {len(self.bad)} left out as NaN or infinite" if self.bad else ""
+        head = f"{self.out}: {self.images:,} of {self.total:,} images whole{left_out}"
+        return "\n".join([head, *self.problems, "complete" if self.ok else "not complete"])
+
+
+def verify(
+    out: str | os.PathLike[str], *, repair: bool = False, hashes: TextIO | None = None, progress: bool = False
+) -> Verification:
+    """Check the job in `out`: every seed once, every file decodes and has the bytes the job wrote, no strays.
+
+    `repair` drops the record of each damaged chunk, so that running the job again makes those alone. `hashes`
+    receives a line for each file, as `sha256sum -c` reads it. Raises `ValueError` if `out` holds no job, and
+    `JobError` if `repair` finds a run at work on it.
+    """
+    store = open_store(out, "verify")
+    job = read_job(store)
+    if job is None:
+        raise ValueError(f"{os.fspath(out)} holds no job (no job.json)")
+    finished = read_records(store)
+    result = Verification(store.out, len(job.seeds))
+    missing = list(job.missing(finished))
+    result.missing = sum(len(job.chunk_seeds(index)) for index in missing)
+    if missing:
+        result.problems.append(f"{result.missing:,} images in {len(missing):,} chunks are not made yet")
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = sorted(index for index in finished if index < job.num_chunks)
+        checks = _bounded(pool, lambda index: _check_chunk(job, store, index, finished), done)
+        bar = tqdm(checks, total=len(done), unit="chunk", disable=not progress)
+        for index, (found, problem) in zip(done, bar, strict=True):
+            result.bad += finished[index]["bad"]
+            if problem:
+                result.damaged.append(index)
+                result.problems.append(problem)
+            else:
+                result.images += found
+    result.problems += [
+        f"{name} is missing" for name in finish_record(store).get("files", []) if not store.exists(name)
+    ]
+    if not missing and not finish_record(store).get("complete"):
+        result.problems.append("the files of the whole job are not written yet; run the same command again")
+    result.problems += [f"{name} is not of this job" for name in _strays(job, store)]
+    if hashes is not None:
+        _write_hashes(job, store, hashes)
+    if repair and result.damaged:
+        with store.held(0, 1):
+            write_finish_record(store, finish_record(store).get("files", []), complete=False)
+            store.remove(record_name(index) for index in result.damaged)
+            store.close(finished=True)
+    return result
+
+
+def _check_chunk(job: Job, store: Store, index: int, finished: dict[int, Any]) -> tuple[int, str | None]:
+    record = finished[index]
+    bad = set(record["bad"])
+    seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
+    try:
+        contents = job.format.contents(job, store, seeds, index, finished)
+        images = sum(1 for _ in job.format.decode(job, seeds, contents))
+        if images != record["images"] or images != len(seeds):
+            raise ValueError(f"holds {images} images, not {record['images']}")
+        if chunk_digest(contents) != record["sha256"]:
+            raise ValueError("decodes, but does not hold the bytes that were written")
+    except (OSError, ValueError, JobError) as error:
+        return 0, f"chunk {index} (seeds {seeds[0]} to {seeds[-1]}) is damaged: {error}" if seeds else str(error)
+    return images, None
+
+
+def _bounded(pool: ThreadPoolExecutor, work: Any, items: list[int]) -> Iterator[Any]:
+    """`pool.map` that runs only a little ahead, so that a large job's results do not pile up."""
+    ahead = [pool.submit(work, item) for item in items[: 2 * THREADS]]
+    for following in range(2 * THREADS, len(items) + 2 * THREADS):
+        if not ahead:
+            return
+        yield ahead.pop(0).result()
+        if following < len(items):
+            ahead.append(pool.submit(work, items[following]))
+
+
+def _all_files(job: Job, store: Store) -> Iterator[str]:
+    records = read_records(store)
+    for index in range(job.num_chunks):
+        if index in records:
+            bad = set(records[index]["bad"])
+            seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
+            yield from job.format.files(job, seeds, index)
+    yield from finish_record(store).get("files", [])
+
+
+def _strays(job: Job, store: Store) -> list[str]:
+    """Files of this format in the job's folders that the job does not account for, such as another job's images."""
+    names: dict[str, set[str]] = {}
+    for name in _all_files(job, store):
+        folder, _, file = name.rpartition("/")
+        names.setdefault(folder, set()).add(file)
+    suffix = {"png": ".png", "npz": ".npz", "webdataset": ".tar", "parquet": ".parquet"}[job.settings["format"]]
+    found = []
+    for folder, known in names.items():
+        if not folder.startswith("."):
+            present = [name for name in store.names(folder) if name.endswith(suffix) and name not in known]
+            found += [f"{folder}/{name}" if folder else name for name in sorted(present)]
+    return found
+
+
+def _write_hashes(job: Job, store: Store, hashes: TextIO) -> None:
+    for name in _all_files(job, store):
+        if store.exists(name):
+            digest = hashlib.sha256()
+            with store.open(name) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            hashes.write(f"{digest.hexdigest()}  {name}\n")
