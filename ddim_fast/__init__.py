@@ -1,1 +1,17 @@
-"""A drop-in `DDIMPipeline`, rebuilt for speed."""
+"""A drop-in `DDIMPipeline`, rebuilt for speed: `from ddim_fast import DDIMPipeline`."""
+
+from .pipeline import DDIMPipeline, ImagePipelineOutput
+from .scheduler import DDIMScheduler
+from .unet import UNet2DModel
+
+__all__ = ["DDIMPipeline", "DDIMScheduler", "ImagePipelineOutput", "UNet2DModel", "__version__", "generate"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Jobs bring writers and threads along, which a single picture does not need.
+    if name == "generate":
+        from .generation import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before import."""
+"""Shared fixtures. Without a CUDA device kernels run in Triton's interpreter, to be chosen before it is imported."""
 
 import os
 
@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+
 from ddim_fast.kernels import launch
 
 

@@ -1,0 +1,181 @@
+"""The `ddim-fast` command: pictures from a model, and what this machine can do."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from . import __version__
+
+# Each command imports what it needs when it is asked for, so that --help answers at once.
+COMMANDS = {
+    "generate": "ddim_fast.generation.commands:generate_command",
+    "verify": "ddim_fast.generation.commands:verify_command",
+    "info": "ddim_fast.cli:info",
+    "bench": "ddim_fast.bench.command:bench",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ddim-fast")
+@click.option("-v", "--verbose", count=True, help="Say what is decided (-v), and everything (-vv).")
+def group(verbose: int) -> None:
+    """Sample pixel diffusion models with DDIM, fast.
+
+    \b
+    ddim-fast generate ddim-fast/digits --out samples     the bundled model, 64 digits
+    ddim-fast generate ./my-model --seeds 0-49999 --out fid --format npz
+    ddim-fast info ./my-model                             which engine would run, and why
+    """
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto is float32.",
+)
+def info(model: str | None, device: str, dtype: str) -> None:
+    """Versions and devices; with MODEL also its size, which engine would run, and why.
+
+    MODEL is a local folder, a name on the Hub such as google/ddpm-cifar10-32, or ddim-fast/digits.
+    """
+    for name, value in [*version_lines(), *device_lines()]:
+        click.echo(f"{name:<12} {value}")
+    if model is None:
+        click.echo(f"{'engines':<12} graph and fused on CUDA, fused on the CPU, plain anywhere")
+        return
+    for name, value in model_lines(model, device, dtype):
+        click.echo(f"{name:<12} {value}")
+
+
+def version_lines() -> list[tuple[str, str]]:
+    """The versions that a bug report needs."""
+    import torch
+
+    lines = [("ddim_fast", __version__), ("python", platform.python_version()), ("torch", str(torch.__version__))]
+    try:
+        import triton
+
+        lines.append(("triton", triton.__version__))
+    except ImportError:
+        lines.append(("triton", "not installed: CUDA devices run the plain engine"))
+    return lines
+
+
+def device_lines() -> list[tuple[str, str]]:
+    """The processor and every CUDA device."""
+    import torch
+
+    lines = [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        return [*lines, ("cuda", "no device")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        lines.append(
+            (f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}")
+        )
+    return lines
+
+
+def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
+    """What a model is, and how it would run."""
+    import torch
+
+    from . import engine
+    from .pipeline import DDIMPipeline, image_size
+
+    target = pick_device(device)
+    options: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    pipe = DDIMPipeline.from_pretrained(model, device=target, **options)
+    config = pipe.unet.config
+    height, width = image_size(pipe.unet)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in pipe.unet.parameters())
+    name, reason = engine.choose(pipe)
+    classes = config.num_class_embeds
+    return [
+        ("model", model),
+        (
+            "images",
+            f"{height}x{width}, {config.out_channels} channels, "
+            + (f"{classes} classes" if classes else "no classes"),
+        ),
+        ("parameters", f"{pipe.unet.num_parameters() / 1e6:.1f} million, {weights / 2**20:.1f} MiB in {pipe.dtype}"),
+        ("blocks", ", ".join([*config.down_block_types, *config.up_block_types])),
+        ("scheduler", f"{config_schedule(pipe)}"),
+        ("device", str(pipe.device)),
+        ("engine", f"{name}: {reason}"),
+    ]
+
+
+def config_schedule(pipe: Any) -> str:
+    """The noise schedule in a few words."""
+    config = pipe.scheduler.config
+    return f"{config.beta_schedule}, {config.num_train_timesteps} training steps, predicts {config.prediction_type}"
+
+
+def pick_device(name: str) -> Any:
+    """The device that `--device` means. Raises `click.BadParameter` for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.BadParameter(
+            f"{name!r} is no device; use auto, cpu, cuda or cuda:N", param_hint="--device"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.BadParameter(
+            f"{name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu", param_hint="--device"
+        )
+    return device
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: mistakes end with exit code 2 and one line, never with a traceback."""
+    try:
+        code = group.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        click.echo(f"ddim-fast: {error}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A `UNet2DModel` repacked for the fused forward: what it computes with, in the layout it computes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .convs import Conv, UpsampleConv, pack_conv, pack_upsample_conv
+
+if TYPE_CHECKING:
+    from ..unet import UNet2DModel
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+MID_BLOCKS = ("UNetMidBlock2D", None)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A GroupNorm."""
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Resnet:
+    """A ResNet block; `time` is its part of a row of the time tables."""
+
+    norm1: Norm
+    conv1: Conv | UpsampleConv
+    norm2: Norm
+    conv2: Conv
+    shortcut: Tensor | None
+    output_bias: Tensor
+    time: slice
+    scale_shift: bool
+    output_scale_factor: float
+    resample: str | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention with Q, K and V as one product."""
+
+    norm: Norm | None
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    heads: int
+    scale: float
+    output_scale_factor: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution of one side of the U: pairs of (resnet, attention or None), then a resampler or None."""
+
+    layers: tuple[tuple[Resnet, Attention | None], ...]
+    resampler: Conv | UpsampleConv | Resnet | None
+
+
+@dataclass(frozen=True)
+class PackedUNet:
+    """Everything that the fused forward reads, and the products that make the time tables."""
+
+    conv_in: Conv
+    down: tuple[Stage, ...]
+    mid: Stage | None
+    up: tuple[Stage, ...]
+    norm_out: Norm
+    conv_out: Conv
+    time_weight: Tensor
+    time_bias: Tensor
+    center_input: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def unsupported(unet: UNet2DModel) -> str | None:
+    """Why the fused engine cannot run `unet`, naming the block or entry; None if it can."""
+    config = unet.config
+    for block in config.down_block_types:
+        if block not in DOWN_BLOCKS:
+            return f"the fused engine does not know the block {block}"
+    for block in config.up_block_types:
+        if block not in UP_BLOCKS:
+            return f"the fused engine does not know the block {block}"
+    if unet.mid_block is not None and type(unet.mid_block).__name__ not in MID_BLOCKS:
+        return f"the fused engine does not know the block {type(unet.mid_block).__name__}"
+    if config.act_fn.lower() not in ("silu", "swish"):
+        return f"the fused engine knows the activation silu, not {config.act_fn}"
+    if config.time_embedding_type == "fourier":
+        return "the fused engine does not know fourier time embeddings, which scale the output"
+    if unet.training and config.dropout > 0:
+        return "the model is in training mode with dropout; call unet.eval()"
+    return None
+
+
+def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
+    """Pack `unet`, which `unsupported` accepts. Weights whose layout need not change are shared with it.
+
+    `exact` keeps the CPU's convolutions to the direct algorithm. On CUDA the convolutions of `unet` take over the
+    packed channels-last storage, so that there is one copy of them.
+    """
+    packer = _Packer(exact)
+    with torch.no_grad():
+        down = tuple(packer.stage(block, "downsamplers") for block in unet.down_blocks)
+        mid = None if unet.mid_block is None else packer.middle(unet.mid_block)
+        up = tuple(packer.stage(block, "upsamplers") for block in unet.up_blocks)
+        projections = packer.projections
+        return PackedUNet(
+            conv_in=pack_conv(unet.conv_in, exact=exact),
+            down=down,
+            mid=mid,
+            up=up,
+            norm_out=_norm(unet.conv_norm_out),
+            conv_out=pack_conv(unet.conv_out, exact=exact),
+            time_weight=torch.cat([projection.weight for projection in projections]).float(),
+            time_bias=torch.cat(packer.time_biases),
+            center_input=bool(unet.config.center_input_sample),
+            dtype=unet.dtype,
+            device=unet.device,
+        )
+
+
+def _norm(norm: nn.GroupNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps)
+
+
+class _Packer:
+    """Walks the blocks in order and gives every ResNet its columns of the time tables."""
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+        self.projections: list[nn.Linear] = []
+        self.time_biases: list[Tensor] = []
+        self.columns = 0
+
+    def stage(self, block: nn.Module, resamplers: str) -> Stage:
+        attentions = block.attentions if block.attentions is not None else [None] * len(block.resnets)
+        layers = tuple(
+            (self.resnet(resnet), self.attention(attention))
+            for resnet, attention in zip(block.resnets, attentions, strict=True)
+        )
+        modules = getattr(block, resamplers)
+        return Stage(layers, None if modules is None else self.resampler(modules[0]))
+
+    def middle(self, block: nn.Module) -> Stage:
+        """The mid block: its first ResNet stands alone, each attention belongs to the ResNet before it."""
+        attentions = [*block.attentions, None]
+        return Stage(
+            tuple(
+                (self.resnet(resnet), self.attention(attention))
+                for resnet, attention in zip(block.resnets, attentions, strict=True)
+            ),
+            None,
+        )
+
+    def resampler(self, module: nn.Module) -> Conv | UpsampleConv | Resnet:
+        if hasattr(module, "time_emb_proj"):
+            return self.resnet(module)
+        if type(module).__name__ == "Upsample2D":
+            return pack_upsample_conv(module.conv, self.exact)
+        return pack_conv(module.conv, module.padding == 0, self.exact)
+
+    def resnet(self, module: nn.Module) -> Resnet:
+        scale_shift = module.time_embedding_norm == "scale_shift"
+        conv1_bias = module.conv1.bias.detach().float()
+        time_bias = module.time_emb_proj.bias.detach().float()
+        # In the tables the bias of conv1 and the time vector are one addition before norm2.
+        self.time_biases.append(time_bias if scale_shift else time_bias + conv1_bias)
+        self.projections.append(module.time_emb_proj)
+        time = slice(self.columns, self.columns + len(time_bias))
+        self.columns = time.stop
+        resample = "up" if module.upsample is not None else "down" if module.downsample is not None else None
+        shortcut, output_bias = None, module.conv2.bias.detach().float()
+        if module.conv_shortcut is not None:
+            shortcut = module.conv_shortcut.weight.detach().flatten(1)
+            output_bias = output_bias + module.conv_shortcut.bias.detach().float()
+        return Resnet(
+            norm1=_norm(module.norm1),
+            conv1=(pack_upsample_conv if resample == "up" else pack_conv)(module.conv1, exact=self.exact),
+            norm2=_norm(module.norm2),
+            conv2=pack_conv(module.conv2, exact=self.exact),
+            shortcut=shortcut,
+            output_bias=output_bias,
+            time=time,
+            scale_shift=scale_shift,
+            output_scale_factor=float(module.output_scale_factor),
+            resample=resample,
+        )
+
+    def attention(self, module: nn.Module | None) -> Attention | None:
+        if module is None:
+            return None
+        projections = (module.to_q, module.to_k, module.to_v)
+        return Attention(
+            norm=None if module.group_norm is None else _norm(module.group_norm),
+            qkv_weight=torch.cat([projection.weight for projection in projections]),
+            qkv_bias=torch.cat([projection.bias for projection in projections]),
+            out_weight=module.to_out[0].weight.detach(),
+            out_bias=module.to_out[0].bias.detach().float(),
+            heads=module.heads,
+            scale=module.scale,
+            output_scale_factor=float(module.rescale_output_factor),
+        )

@@ -1,0 +1,344 @@
+"""The generic methods of a pipeline: loading, saving, devices, offloading, progress. Nothing here samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .config import Config
+from .engine import EngineState
+from .once import log_once
+from .scheduler import DDIMScheduler
+from .unet import UNet2DModel
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P", bound="PipelineMethods")
+
+# Options of diffusers' `from_pretrained` that choose how it loads; ours always loads without a second copy.
+HARMLESS_OPTIONS = {"low_cpu_mem_usage", "proxies", "output_loading_info", "mirror", "custom_revision"}
+
+
+def adopt_unet(unet: Any) -> UNet2DModel:
+    """`unet` itself, or ours around the tensors of a `diffusers.UNet2DModel` (shared, not copied)."""
+    for wrapper in ("_orig_mod", "module"):
+        unet = getattr(unet, wrapper, unet)
+    if isinstance(unet, UNet2DModel):
+        return unet
+    if not (isinstance(unet, torch.nn.Module) and hasattr(unet, "config")):
+        raise TypeError(
+            f"unet must be a UNet2DModel (ddim_fast's or diffusers'), got {type(unet).__name__}; "
+            "load one with UNet2DModel.from_pretrained(...)"
+        )
+    named = unet.config.get("_class_name", type(unet).__name__)
+    if "UNet2DModel" not in (named, type(unet).__name__):
+        raise TypeError(f"unet must be a UNet2DModel, got a {type(unet).__name__}, which takes other inputs")
+    with torch.device("meta"):
+        adopted = UNet2DModel.from_config(unet.config)
+    adopted.load_state_dict(unet.state_dict(), assign=True)
+    # What a state dict leaves out is small and depends on the config alone.
+    if any(tensor.is_meta for tensor in adopted.buffers()):
+        fresh = dict(UNet2DModel.from_config(unet.config).named_buffers())
+        for name, buffer in list(adopted.named_buffers()):
+            if buffer.is_meta:
+                owner, _, leaf = name.rpartition(".")
+                setattr(adopted.get_submodule(owner), leaf, fresh[name].to(adopted.device))
+    return adopted.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
+
+
+def adopt_scheduler(scheduler: Any) -> DDIMScheduler:
+    """A fresh `DDIMScheduler` with the config of `scheduler` (ours, or any of diffusers')."""
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        raise TypeError(
+            f"scheduler must have a .config (a DDIM, DDPM or PNDM scheduler), got {type(scheduler).__name__}; "
+            "build one with DDIMScheduler(...)"
+        )
+    return DDIMScheduler.from_config(config)
+
+
+class PipelineMethods:
+    """Base of `DDIMPipeline`."""
+
+    unet: UNet2DModel
+    scheduler: DDIMScheduler
+
+    def __init__(self) -> None:
+        self.engine = "auto"
+        self.exact = False
+        self._config = Config()
+        self._progress_bar_config: dict[str, Any] = {}
+        self._offload_device: torch.device | None = None
+        self._offload_hooks: list[Any] = []
+        self.engine_state = EngineState()
+
+    # Parts
+
+    @property
+    def config(self) -> Config:
+        """The pipeline's parts and where it was loaded from, as `model_index.json` has them."""
+        return self._config
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `DDIMPipeline(**pipe.components)` shares them with a second pipeline."""
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    @property
+    def name_or_path(self) -> str | None:
+        return self._config.get("_name_or_path")
+
+    def register_modules(self, **modules: Any) -> None:
+        """Put `unet=` or `scheduler=` in place."""
+        for name, module in modules.items():
+            if name not in ("unet", "scheduler"):
+                raise ValueError(f"a DDIMPipeline has the parts unet and scheduler, not {name!r}")
+            setattr(self, name, module)
+            self.register_to_config(**{name: ("diffusers", type(module).__name__)})
+
+    def register_to_config(self, **entries: Any) -> None:
+        """Add to, or replace in, `config`."""
+        self._config = Config({**self._config, **entries})
+
+    def __repr__(self) -> str:
+        entries = {"_class_name": type(self).__name__, **self._config}
+        return f"{type(self).__name__} {json.dumps(entries, indent=2, default=str)}"
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls: type[P], pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> P:
+        """Load a pipeline from a local folder, the Hugging Face Hub, or the package ("ddim-fast/digits").
+
+        Options: `torch_dtype`, `device`, `variant`, `revision`, `cache_dir`, `token`, `local_files_only`,
+        `force_download`, `subfolder`, `use_safetensors`, and `unet=` or `scheduler=` to use in place of the stored
+        one. Nothing that a file names is imported or run.
+        """
+        from . import checkpoints
+
+        given = {name: options.pop(name) for name in ("unet", "scheduler") if name in options}
+        for name in sorted(HARMLESS_OPTIONS & options.keys()):
+            options.pop(name)
+            log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
+        if given.keys() == {"unet", "scheduler"}:
+            raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
+        if "unet" in given:
+            for name in ("torch_dtype", "device", "variant", "use_safetensors"):
+                options.pop(name, None)
+            loaded = {"scheduler": checkpoints.load_scheduler(pretrained_model_name_or_path, **options)}
+        else:
+            unet, scheduler = checkpoints.load_pipeline_parts(pretrained_model_name_or_path, **options)
+            loaded = {"unet": unet, "scheduler": scheduler}
+        pipe = cls(**{**loaded, **given})
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write the pipeline as diffusers writes it, each file whole or not at all."""
+        from . import checkpoints
+
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        checkpoints.save_pipeline(
+            self.unet, self.scheduler, save_directory, safe_serialization=safe_serialization, variant=variant, **sizes
+        )
+        if push_to_hub:
+            self.push_to_hub(options.pop("repo_id", str(save_directory).rstrip("/").split("/")[-1]), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save to a temporary folder and upload it to `repo_id` on the Hub; returns the commit's address."""
+        from . import checkpoints
+
+        return checkpoints.push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """Download the files a pipeline needs into the cache and return their folder."""
+        from . import checkpoints
+
+        return str(checkpoints.download(pretrained_model_name, **options))
+
+    @classmethod
+    def from_pipe(cls: type[P], pipeline: Any, **options: Any) -> P:
+        """A pipeline around the parts of `pipeline` (ours or diffusers'), without copying weights.
+
+        `unet=` and `scheduler=` replace a part, `torch_dtype=` converts (in place, as diffusers does).
+        """
+        dtype = options.pop("torch_dtype", None)
+        parts = {name: options.pop(name, None) or getattr(pipeline, name) for name in ("unet", "scheduler")}
+        if options:
+            raise TypeError(f"from_pipe got unknown options {sorted(options)}; it takes unet, scheduler, torch_dtype")
+        pipe = cls(**parts)
+        origin = getattr(pipeline, "config", {}).get("_name_or_path")
+        if origin is not None:
+            pipe.register_to_config(_name_or_path=origin)
+        return pipe if dtype is None else pipe.to(dtype)
+
+    # Devices
+
+    def to(self: P, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> P:
+        """Move to a device, a dtype, or both: `to("cuda")`, `to(torch.float16)`, `to(device=..., dtype=...)`."""
+        if "torch_device" in kwargs:
+            kwargs["device"] = kwargs.pop("torch_device")
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if v is not None})
+        if device is not None and self._offload_device is not None and device.type != "cpu":
+            raise ValueError(
+                f"to({str(device)!r}): the weights are offloaded to {self._offload_device} step by step; "
+                "call remove_all_hooks() first"
+            )
+        self.unet.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self._offload_device or self.unet.device
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the weights on the CPU and move them to the accelerator for the length of a call."""
+        self._start_offload(gpu_id, device)
+
+        def move(module: torch.nn.Module, inputs: Any) -> None:
+            if module.device != self._offload_device:
+                module.to(self._offload_device)
+
+        self._offload_hooks = [self.unet.register_forward_pre_hook(move)]
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the weights on the CPU and move those of one layer at a time: least memory, slowest."""
+        self._start_offload(gpu_id, device)
+
+        def move_in(module: torch.nn.Module, inputs: Any) -> None:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        kept[module, name] = tensor
+                        moved = tensor.detach().to(self._offload_device)
+                        tensors[name] = torch.nn.Parameter(moved, False) if tensors is module._parameters else moved
+
+        def move_out(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            for tensors in (module._parameters, module._buffers):
+                for name in tensors:
+                    if (module, name) in kept:
+                        tensors[name] = kept.pop((module, name))
+
+        kept: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
+        for module in self.unet.modules():
+            if module._parameters or module._buffers:
+                self._offload_hooks.append(module.register_forward_pre_hook(move_in))
+                self._offload_hooks.append(module.register_forward_hook(move_out, always_call=True))
+
+    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None) -> None:
+        target = torch.device("cuda") if device is None else torch.device(device)
+        if device is None and not torch.cuda.is_available():
+            raise RuntimeError("offloading needs an accelerator and none was found; name one with device=")
+        if gpu_id is not None and target.index is not None:
+            raise ValueError(f"gpu_id={gpu_id} and device={str(target)!r} both name a device; pass one of them")
+        if target.type == "cuda":
+            target = torch.device("cuda", gpu_id if gpu_id is not None else target.index or 0)
+        self.remove_all_hooks()
+        self.unet.to("cpu")
+        self._offload_device = target
+
+    def maybe_free_model_hooks(self) -> None:
+        """After a call: move offloaded weights back to the CPU. Does nothing without offloading."""
+        if self._offload_device is not None and self.unet.device.type != "cpu":
+            self.unet.to("cpu")
+            self.repack()
+
+    def remove_all_hooks(self) -> None:
+        """End offloading; the weights stay on the CPU."""
+        for hook in self._offload_hooks:
+            hook.remove()
+        self._offload_hooks = []
+        if self._offload_device is not None:
+            self.maybe_free_model_hooks()
+        self._offload_device = None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the weights rest on the CPU between calls."""
+        return self._offload_device is not None
+
+    @property
+    def offloads_sequentially(self) -> bool:
+        """Whether the weights of one layer at a time are moved."""
+        return self.offloads and len(self._offload_hooks) > 1
+
+    def repack(self) -> None:
+        """Forget packed weights and captured graphs; the next call makes them anew.
+
+        Changed weights are noticed without it. It also frees the memory of the graphs.
+        """
+        self.engine_state = EngineState()
+
+    # Attention is memory-efficient already
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Accepted for compatibility: attention never stores an N×N tensor here."""
+        log_once(logger, logging.DEBUG, "attention slicing changes nothing: attention is memory-efficient already")
+
+    def disable_attention_slicing(self) -> None:
+        """Accepted for compatibility."""
+        self.enable_attention_slicing(None)
+
+    def set_attention_slice(self, slice_size: int | None) -> None:
+        """Accepted for compatibility."""
+        self.enable_attention_slicing(slice_size)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Accepted for compatibility: attention is memory-efficient already."""
+        log_once(logger, logging.DEBUG, "xformers changes nothing: attention is memory-efficient already")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Accepted for compatibility."""
+        self.enable_xformers_memory_efficient_attention()
+
+    # Progress and pictures
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A tqdm bar with the options of `set_progress_bar_config`."""
+        if iterable is None and total is None:
+            raise ValueError("progress_bar needs iterable or total")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm, such as `disable=True` or `desc="..."`."""
+        self._progress_bar_config = options
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """Arrays (B, H, W, C) or (H, W, C), float in [0, 1] or uint8, as pictures; one channel gives mode "L"."""
+        if images.ndim == 3:
+            images = images[None]
+        if images.dtype != np.uint8:
+            images = (images * 255).round().astype(np.uint8)
+        if images.shape[-1] == 1:
+            return [Image.fromarray(image[..., 0], mode="L") for image in images]
+        return [Image.fromarray(image) for image in images]
