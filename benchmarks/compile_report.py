@@ -28,12 +28,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-# The interpreter's kernels cannot be compiled, and Triton reads this when a kernel is defined.
-os.environ.pop("TRITON_INTERPRET", None)
-
 import triton
 from chips import CHIPS, resident_blocks
 from configurations import Configuration, compile_arguments, configurations
+from ddim_fast.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -175,7 +173,8 @@ def measure_all(work: Sequence[Configuration], processes: int) -> list[Measured]
 def quick(work: Sequence[Configuration]) -> list[Configuration]:
     """Of each kernel, chip and set of optional inputs: the configuration with the largest and with the smallest tile.
 
-    All of attention stays: it is the only kernel whose tiles depend on the chip, and the only one near the limits.
+    Attention stays, but for bfloat16, whose machine code differs from float16's only in the type: it is the one kernel
+    whose tiles depend on the chip, and the one near the limits.
     """
     groups: dict[tuple[object, ...], list[Configuration]] = {}
     for entry in work:
@@ -186,7 +185,8 @@ def quick(work: Sequence[Configuration]) -> list[Configuration]:
     for (name, *_), group in groups.items():
         by_size = sorted(group, key=tile_elements)
         for entry in group if name == "attention" else (by_size[0], by_size[-1]):
-            kept[entry.key()] = entry
+            if name != "attention" or entry.precision != "bfloat16":
+                kept[entry.key()] = entry
     return list(kept.values())
 
 
@@ -247,9 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=archs, default=list(CHIPS), metavar="80,86,...", help="chips to compile for")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--kernel", action="append", help="only this kernel (may be given more than once)")
-    parser.add_argument("--quick", action="store_true", help="all of attention, the extremes of every other kernel")
+    parser.add_argument("--quick", action="store_true", help="attention, and the extremes of every other kernel")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16), help="compilers at a time")
     options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, and the interpreter's kernels cannot be compiled: unset it")
 
     start = time.monotonic()
     work = configurations(options.arch)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from ddim_fast.kernels import launch
-from model_calls import MODELS, NAMESPACE, Call, model_calls
+from model_calls import MODELS, NAMESPACE, Call, model_calls, other_attention_calls
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,7 +66,7 @@ class Configuration:
 
     def choices(self) -> tuple[Any, ...]:
         """What the heuristics chose, apart from the dtypes."""
-        chosen = ((name, value) for name, value in self.constexprs.items() if isinstance(value, int))
+        chosen = ((name, value) for name, value in self.constexprs.items() if isinstance(value, int | str))
         return self.name, self.arch, tuple(sorted(chosen)), self.num_warps, self.num_stages
 
 
@@ -79,6 +79,7 @@ def specialise(entry: launch.Launch, arch: int, precision: str = "") -> Configur
         name = parameter.name
         if name in constexprs or parameter.is_constexpr:
             signature[name] = "constexpr"
+            constexprs.setdefault(name, entry.args.get(name, parameter.default))
             continue
         value = entry.args[name]
         if isinstance(value, torch.Tensor):
@@ -111,11 +112,14 @@ def compile_arguments(configuration: Configuration) -> tuple[dict[str, str], dic
     return configuration.signature, configuration.constexprs, attributes
 
 
+def is_attention(call: Call) -> bool:
+    return call.operator._schema.name == f"{NAMESPACE}::attention"
+
+
 def recorded(call: Call, arch: int) -> list[launch.Launch]:
     """The launches of an operator's CUDA implementation, on a chip of this architecture."""
-    definition = OPDEFS[f"{NAMESPACE}::{call.operator._schema.name.split('::')[1]}"]
     with attention.tiles_for(divmod(arch, 10)), launch.recording() as launches:
-        definition._init_fn(*call.args, **call.kwargs)
+        OPDEFS[call.operator._schema.name]._init_fn(*call.args, **call.kwargs)
     return launches
 
 
@@ -130,7 +134,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def configurations(
-    archs: Iterable[int], models: Iterable[str] = tuple(MODELS), batches: Iterable[int] = BATCHES
+    archs: Sequence[int], models: Iterable[str] = tuple(MODELS), batches: Iterable[int] = BATCHES
 ) -> list[Configuration]:
     """Every distinct compilation for these chips, models and batches.
 
@@ -142,8 +146,10 @@ def configurations(
         seen = set()
         with _tf32(precision == "tf32"), FakeTensorMode():
             for user, call in _calls(precision, models, batches):
+                # Only attention asks which chip it runs on.
+                launches = {arch: recorded(call, arch) for arch in (archs if is_attention(call) else archs[:1])}
                 for arch in archs:
-                    for entry in recorded(call, arch):
+                    for entry in launches.get(arch, launches[archs[0]]):
                         chosen = specialise(entry, arch, precision)
                         seen.add(chosen.choices())
                         if chosen.choices() not in decided or chosen.name == "attention":
@@ -158,5 +164,7 @@ def _calls(precision: str, models: Iterable[str], batches: Iterable[int]) -> Ite
         for batch in batches:
             for call in model_calls(MODELS[model], batch, dtype):
                 # TF32 changes attention alone.
-                if precision != "tf32" or "attention" in call.operator.name():
+                if precision != "tf32" or is_attention(call):
                     yield f"{model} B={batch}", call
+    for call in other_attention_calls(dtype):
+        yield "others", call

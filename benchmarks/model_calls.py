@@ -36,6 +36,18 @@ MODELS = {
 }
 
 
+# (length, heads, head_dim): the 8 channels a head of many training scripts, and lengths and widths that fill no tile.
+OTHER_ATTENTION = [
+    (256, 64, 8),
+    (4096, 4, 64),
+    (77, 3, 40),
+    (250, 1, 128),
+    (250, 1, 200),
+    (250, 1, 256),
+    (250, 1, 512),
+]
+
+
 @dataclass(frozen=True)
 class Call:
     """An operator's overload and its arguments; tensors are fake."""
@@ -185,4 +197,12 @@ def model_calls(model: Model, batch: int, dtype: torch.dtype) -> list[Call]:
     with CollectCalls() as collected:
         walk = Walk(model, batch, dtype)
         walk.update(walk.unet())
+    return list(collected.calls.values())
+
+
+def other_attention_calls(dtype: torch.dtype) -> list[Call]:
+    """Attention of other models: head sizes and lengths that the three models do not have."""
+    with CollectCalls() as collected:
+        for length, heads, head_dim in OTHER_ATTENTION:
+            attention(torch.empty(16, length, 3 * heads * head_dim, dtype=dtype, device="cuda"), heads)
     return list(collected.calls.values())

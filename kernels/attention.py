@@ -51,8 +51,9 @@ def _attention_kernel(
     qkv,
     out,
     length,
-    batch_stride,
+    batch_units,
     scale_log2,
+    BATCH_UNIT: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -79,8 +80,9 @@ def _attention_kernel(
     in_query = first_query + rows_m < length
 
     # Scalars carry the 64-bit part of every address, so that the offsets inside a tile stay 32 bits wide.
-    q_tile = qkv + batch * batch_stride + first_query.to(tl.int64) * ROW_STRIDE + head * HEAD_DIM
-    k_tile = qkv + batch * batch_stride + WIDTH + head * HEAD_DIM
+    image = qkv + batch * batch_units * BATCH_UNIT
+    q_tile = image + first_query.to(tl.int64) * ROW_STRIDE + head * HEAD_DIM
+    k_tile = image + WIDTH + head * HEAD_DIM
     v_tile = k_tile + WIDTH
 
     if CHUNK_D == BLOCK_D:
@@ -166,7 +168,7 @@ _HALF_TILES = {
 }
 # Float32 products without TF32 are scalar multiply-adds, which keep their operands in registers: small tiles.
 _IEEE_TILES = {64: (32, 32, 32, 4), 128: (16, 32, 32, 4), 256: (16, 16, 32, 4), 512: (16, 16, 64, 8)}
-_TF32_TILES = {64: (32, 32, 64, 4), 128: (32, 32, 64, 4), 256: (32, 16, 64, 4), 512: (16, 16, 64, 8)}
+_TF32_TILES = {64: (64, 32, 64, 4), 128: (32, 32, 64, 4), 256: (32, 16, 64, 4), 512: (16, 16, 64, 8)}
 
 
 def tiles(head_dim: int, length: int, dtype: torch.dtype, capability: tuple[int, int], tf32: bool = False) -> Tiles:
@@ -212,6 +214,8 @@ def _launch_attention(qkv: torch.Tensor, out: torch.Tensor, heads: int, scale: f
     # In Triton's interpreter a product of bfloat16 tiles multiplies their bit patterns; in float32 it is as exact.
     upcast = INTERPRETED and qkv.dtype == torch.bfloat16
     scale = head_dim**-0.5 if scale is None else scale
+    # Triton sees only that 16 divides an argument; 16-byte loads of half precision need no more than 8.
+    unit = math.gcd(qkv.stride(0), 16)
     launch(
         _attention_kernel,
         (triton.cdiv(length, chosen.block_m) * heads * batch,),
@@ -219,10 +223,11 @@ def _launch_attention(qkv: torch.Tensor, out: torch.Tensor, heads: int, scale: f
             "qkv": qkv,
             "out": out,
             "length": length,
-            "batch_stride": qkv.stride(0),
+            "batch_units": qkv.stride(0) // unit,
             "scale_log2": scale * math.log2(math.e),
         },
         {
+            "BATCH_UNIT": unit,
             "ROW_STRIDE": qkv.stride(1) if length > 1 else width,
             "HEADS": heads,
             "HEAD_DIM": head_dim,
