@@ -212,29 +212,13 @@ class DDIMScheduler(Configured):
             )
         return self._next_entry[timestep]
 
-    def _alpha_prods(self, timestep: int | torch.Tensor, previous: int | torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """ᾱ at `timestep` and at `previous`, where anything negative means after the last step."""
-        final = self.final_alpha_cumprod.to(self.alphas_cumprod).reshape(1)
-        prods = torch.cat([self.alphas_cumprod, final])
-        return prods[torch.as_tensor(timestep)], prods[torch.as_tensor(previous).clamp(min=-1)]
+    def _alpha_prod(self, timestep: int | torch.Tensor) -> torch.Tensor:
+        """ᾱ at `timestep`; anything negative means after the last step."""
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
 
     def _get_variance(self, timestep: int | torch.Tensor, prev_timestep: int | torch.Tensor) -> torch.Tensor:
         """σ² at eta 1: (1 - ᾱ_prev) / (1 - ᾱ_t) · (1 - ᾱ_t / ᾱ_prev), equation 16 of the paper."""
-        return _variance(*self._alpha_prods(timestep, prev_timestep))
-
-    def _coefficients(
-        self, timestep: int | torch.Tensor, previous: int | torch.Tensor, eta: float
-    ) -> tuple[torch.Tensor, ...]:
-        """The first five columns of `step_table`, float32, with the shape of `timestep`.
-
-        `step` and `step_table` both come here, so that they agree to the bit.
-        """
-        if not math.isfinite(eta):
-            raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
-        prod, prod_prev = self._alpha_prods(timestep, previous)
-        sigma = eta * _variance(prod, prod_prev) ** 0.5
-        direction = (1 - prod_prev - sigma**2) ** 0.5
-        return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
+        return _variance(self._alpha_prod(timestep), self._alpha_prod(prev_timestep))
 
     def step_table(
         self, num_inference_steps: int | None, eta: float, timesteps: Timesteps | None = None
@@ -263,10 +247,13 @@ class DDIMScheduler(Configured):
             entries, uneven = self._schedule(num_inference_steps, timesteps)
             stride = int(self.config.num_train_timesteps) // len(entries)
             previous = [*entries[1:], -1] if uneven else [entry - stride for entry in entries]
-        timestep = torch.tensor(entries)
-        coefficients = torch.stack(self._coefficients(timestep, torch.tensor(previous), eta), dim=1)
-        counts = torch.stack([timestep, torch.arange(len(entries)), torch.zeros_like(timestep)], dim=1)
-        return torch.cat([coefficients.to("cpu", torch.float32), counts.float()], dim=1)
+        # Python's floats hold float32 exactly, and a list is faster to look up than a tensor.
+        prods, final = self.alphas_cumprod.tolist(), self.final_alpha_cumprod.item()
+        now = torch.tensor([prods[t] for t in entries], dtype=torch.float32)
+        after = torch.tensor([prods[t] if t >= 0 else final for t in previous], dtype=torch.float32)
+        coefficients = torch.stack(_coefficients(now, after, eta), dim=1)
+        counts = torch.tensor([[timestep, index, 0] for index, timestep in enumerate(entries)])
+        return torch.cat([coefficients, counts.float()], dim=1)
 
     @overload
     def step(
@@ -332,7 +319,9 @@ class DDIMScheduler(Configured):
             )
         if eta > 0 and variance_noise is not None and generator is not None:
             raise ValueError("generator and variance_noise exclude each other: pass one of them")
-        sqrt_prod, sqrt_rest, sqrt_prod_prev, direction, sigma = self._coefficients(timestep, previous, eta)
+        sqrt_prod, sqrt_rest, sqrt_prod_prev, direction, sigma = _coefficients(
+            self._alpha_prod(timestep), self._alpha_prod(previous), eta
+        )
 
         if config.prediction_type == "epsilon":
             original, epsilon = (sample - sqrt_rest * model_output) / sqrt_prod, model_output
@@ -389,6 +378,15 @@ class DDIMScheduler(Configured):
 
 def _variance(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
     return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
+
+
+def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tuple[torch.Tensor, ...]:
+    """The first five columns of `step_table`; `step` and the table both come here, so that they agree to the bit."""
+    if not math.isfinite(eta):
+        raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
+    sigma = eta * _variance(prod, prod_prev) ** 0.5
+    direction = (1 - prod_prev - sigma**2) ** 0.5
+    return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from ddim_fast.kernels.ddim_step import ddim_step_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddim_fast.kernels.ddim_step import ddim_step_reference
 from ddim_fast.scheduler import DDIMScheduler
 
 schedulers = st.builds(
