@@ -83,7 +83,7 @@ def philox_normal_reference(seeds: torch.Tensor, step: int, shape: Sequence[int]
             part = out[image : image + rows, quad : quad + size]
             box_muller_reference(x0, x1, part[..., :2])
             box_muller_reference(x2, x3, part[..., 2:])
-    return out.view(images, -1)[:, :count].reshape(tuple(shape))
+    return out.view(images, 4 * quads)[:, :count].reshape(tuple(shape))
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def _philox_normal(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose
         return philox_normal_reference(seeds, step, shape, purpose)
     out = torch.empty(tuple(shape), device=seeds.device)
     if out.numel():
-        _launch_philox_normal(seeds, step, purpose, out.view(shape[0], -1))
+        _launch_philox_normal(seeds, step, purpose, out.view(shape[0], math.prod(shape[1:])))
     return out
 
 

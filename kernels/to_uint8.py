@@ -29,6 +29,17 @@ def to_uint8_reference(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """float32 `x` at the precision of `dtype`, to nearest even."""
+    if dtype == tl.bfloat16:
+        # Triton's interpreter would truncate.
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _to_uint8_kernel(
     sample,
     images,
@@ -46,12 +57,12 @@ def _to_uint8_kernel(
     element = program % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = element < elements
     source = element if NHWC else element % CHANNELS * pixels + element // CHANNELS
-    x = tl.load(sample + image_offset(image, sample_stride) + source, mask, other=0.0)
+    loaded = tl.load(sample + image_offset(image, sample_stride) + source, mask, other=0.0)
+    x = loaded.to(tl.float32)
     nan = x != x
-    # Halving and adding round to x's dtype, as PyTorch does.
-    half = (x.to(tl.float32) * 0.5).to(x.dtype).to(tl.float32)
-    scaled = tl.clamp((half + 0.5).to(x.dtype).to(tl.float32), 0.0, 1.0) * 255.0
-    scaled = tl.where(nan, 0.0, scaled)
+    # Halving and adding round to the sample's dtype, as PyTorch does.
+    scaled = _rounded(_rounded(x * 0.5, loaded.dtype) + 0.5, loaded.dtype)
+    scaled = tl.where(nan, 0.0, tl.clamp(scaled, 0.0, 1.0) * 255.0)
     # No sum of `scaled` may appear: contracted to a multiply-add it would skip the product's rounding and miss ties.
     down = scaled.to(tl.int32)
     tie = down.to(tl.float32) + 0.5
