@@ -39,7 +39,7 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-@click.command(epilog=EXAMPLES)
+@click.command("generate", epilog=EXAMPLES)
 @click.argument("model")
 @click.option(
     "--seeds", default="0-63", show_default=True, help="One image a seed: numbers and ranges, as 0-63,70,80."
@@ -69,7 +69,7 @@ class Terminated(BaseException):
 @click.option("--gpus-per-worker", type=float, help="With --ray: GPUs of each, a fraction is allowed.")
 @click.option("--log-json", is_flag=True, help="Progress and report as JSON lines on stdout.")
 @click.pass_context
-def generate(ctx: click.Context, model: str, **options: Any) -> None:
+def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
     """Sample one image a seed from MODEL: a Hub name, a local folder, or ddim-fast/digits."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from .errors import JobError
@@ -122,12 +122,12 @@ def generate(ctx: click.Context, model: str, **options: Any) -> None:
         click.echo(report)
 
 
-@click.command()
+@click.command("verify")
 @click.argument("out")
 @click.option("--repair", is_flag=True, help="Drop damaged chunks, so that running the job again makes those alone.")
 @click.option("--hashes", type=click.File("w"), help="Write each file's SHA-256 here, as sha256sum -c reads it.")
 @click.pass_context
-def verify(ctx: click.Context, out: str, repair: bool, hashes: Any) -> None:
+def verify_command(ctx: click.Context, out: str, repair: bool, hashes: Any) -> None:
     """Check the job in OUT: every seed once, every file whole. Exits 1 if anything is missing or damaged."""
     from .errors import JobError
     from .verify import verify as run

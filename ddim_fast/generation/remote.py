@@ -17,7 +17,10 @@ class RemoteStore:
 
     def __init__(self, out: str):
         self.out = out
-        self.fs, self.root = fsspec.core.url_to_fs(out)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(out)
+        except ImportError as error:
+            raise ValueError(f"cannot write to {out}: {error}") from None
         self.root = self.root.rstrip("/")
 
     def path(self, name: str) -> str:

@@ -219,14 +219,24 @@ def sync_file_system(path: str) -> None:
 
 
 def read_records(store: Store) -> dict[int, dict[str, Any]]:
-    """The finished chunks: index to record. One that a power failure left empty counts as unfinished."""
-    records = {}
+    """The finished chunks: index to record."""
+    found = {}
     for name in store.names(RECORDS):
-        with suppress(ValueError, KeyError):
-            record = json.loads(store.read(f"{RECORDS}/{name}"))
-            record["images"], record["sha256"], record["bad"]
-            records[int(name.removesuffix(".json"))] = record
-    return records
+        index = name.removesuffix(".json")
+        record = read_record(store, int(index)) if index.isdigit() else None
+        if record is not None:
+            found[int(index)] = record
+    return found
+
+
+def read_record(store: Store, index: int) -> dict[str, Any] | None:
+    """The record of chunk `index`; None if it is not finished, or a power failure left the record empty."""
+    try:
+        record: dict[str, Any] = json.loads(store.read(record_name(index)))
+        record["images"], record["sha256"], record["bad"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return record
 
 
 def record_name(index: int) -> str:
