@@ -4,13 +4,12 @@ Weights are packed once, in the form that the first shape asks for; another form
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import WinogradWeight, plain_transform, upsample_transform, winograd_conv3x3, winograd_weight
+from .winograd import WinogradWeight, has_onednn, winograd_conv3x3
 
 
 @dataclass
@@ -30,12 +29,6 @@ def pack_conv3x3(weight: Tensor) -> PackedConv:
 def pack_upsample_conv(weight: Tensor) -> PackedConv:
     """Pack the filter (Cout, Cin, 3, 3) of a conv, stride 1 and padding 1, that follows nearest 2x upsampling."""
     return PackedConv(weight.detach(), upsample=True)
-
-
-@cache
-def has_onednn_conv() -> bool:
-    """Whether PyTorch offers oneDNN's convolution on packed weights, which saves packing them at every call."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
@@ -104,8 +97,7 @@ def upsample_conv(
 def _winograd(packed: PackedConv) -> WinogradWeight:
     form = packed.forms.get("winograd")
     if not isinstance(form, WinogradWeight):
-        transform = upsample_transform() if packed.upsample else plain_transform()
-        form = packed.forms["winograd"] = winograd_weight(packed.weight, transform)
+        form = packed.forms["winograd"] = WinogradWeight(packed.weight, packed.upsample)
     return form
 
 
@@ -122,7 +114,7 @@ def _onednn(x: Tensor, packed: PackedConv, name: str, weight: Tensor | None, bia
     if not isinstance(form, Tensor):
         assert weight is not None
         form = weight.contiguous(memory_format=torch.channels_last)
-        if has_onednn_conv() and x.dtype == torch.float32:
+        if has_onednn() and x.dtype == torch.float32:
             form = torch.ops.mkldnn._reorder_convolution_weight(
                 form.float(), [1, 1], [1, 1], [1, 1], 1, list(planes.shape)
             )

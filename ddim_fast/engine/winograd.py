@@ -1,16 +1,19 @@
 """Winograd F(4x4, 3x3) convolution over NHWC on the CPU, plain and behind a nearest 2x upsampling.
 
 A 3x3 conv of stride 1 is computed on tiles of 4x4 outputs (Lavin & Gray, "Fast Algorithms for Convolutional Neural
-Networks", 2016): Y = A^T [(G g G^T) * (B^T d B)] A, 36 products of channels a tile in place of 144. Behind a nearest
-2x upsampling a window holds each small pixel twice, the transformed row of the point -1 vanishes (as long as the
-other points come in pairs p, -p), and 25 products remain, read from a 4x4 window of the small image.
+Networks", 2016): Y = A^T [(G g G^T) * (B^T d B)] A with the points 0, 1, -1, 2, -2 and infinity: 36 products of
+channels a tile in place of 144. Behind a nearest 2x upsampling a window holds each small pixel twice: the transformed
+row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
 
-Every step is a matrix product: B^T d B is kron(B^T, B^T) times the gathered windows, the output transform likewise.
+The transforms are element-wise over slabs of channels, along the height and then along the width. Only a tile's first
+transformed row reads the pixel before the tile and only its last one the pixel behind it, so edges need no padding.
+All products of a block of tiles are one grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
 """
 
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -18,101 +21,49 @@ import torch
 from torch import Tensor
 
 TILE = 4
-# Error in units of the direct conv's, 128 channels of noise: 2.6, and 3.9 with the usual 0, 1, -1, 2, -2.
-POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
-UPSAMPLE_POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)
 DEFAULT_CACHE = 8 << 20
+# For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
+SETTLED_ROWS = 64
+
+FILTER = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+# Without the point -1; the sum and the difference of the taps of 2 and -2 in place of the two.
+UPSAMPLE_FILTER = ((1 / 4, 0, 0), (-1 / 3, -1 / 3, -1 / 3), (1 / 12, 1 / 3, 1 / 3), (1 / 6, 1 / 6, 2 / 3), (0, 0, 1))
+# The tap of the point 1 enters every output with weight 1, so a bias added to it reaches the whole tile.
+ONES = 1
 
 
-@dataclass(frozen=True)
-class Transform:
-    """Matrices of one Winograd algorithm; `a` taps a side, a window of `w` pixels every `step` pixels.
+@dataclass
+class WinogradWeight:
+    """A 3x3 filter (Cout, Cin, 3, 3) for Winograd, `upsample`: behind a nearest 2x upsampling.
 
-    Args:
-        taps: (a, 3) float64, the filter's transform G.
-        input: (a², w²) float32, kron(B^T, B^T).
-        output: (16, a²) float32, kron(A^T, A^T).
-        step: pixels from one window to the next.
-        ones: the tap that every output adds with weight 1; a bias added there reaches all 16 outputs.
+    `packed` holds its products, transformed once, in the order that blocks of `rows` tiles want.
     """
 
-    taps: Tensor
-    input: Tensor
-    output: Tensor
-    step: int
-    ones: int
+    weight: Tensor
+    upsample: bool = False
+    rows: int = 0
+    packed: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
-    def window(self) -> int:
-        """Pixels on a window's side."""
-        return int(self.input.shape[1] ** 0.5)
-
-
-@dataclass(frozen=True)
-class WinogradWeight:
-    """A 3x3 filter in the transformed domain: `products[k]` maps input channels to output channels for tap k."""
-
-    transform: Transform
-    products: list[Tensor]
-    in_channels: int
-    out_channels: int
-    packed: bool
-
-
-def _toom_cook(finite: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T (4, 6), G (6, 3) and B^T (6, 6) in float64 for five points and infinity, B^T's rows scaled to about 1."""
-    points = torch.tensor(finite, dtype=torch.float64)
-    n = len(points)
-    infinite = torch.eye(TILE, dtype=torch.float64)
-    outputs = torch.cat([torch.stack([points**i for i in range(TILE)]), infinite[:, -1:]], 1)
-    taps = torch.cat([torch.stack([points**j for j in range(3)], 1), infinite[2:3, :3]])
-    inputs = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    for i in range(n + 1):
-        row = torch.ones(1, dtype=torch.float64)
-        for j in range(n):
-            if j != i:
-                shifted = torch.cat([row.new_zeros(1), row])
-                row = shifted - points[j] * torch.cat([row, row.new_zeros(1)])
-                if i < n:
-                    row = row / (points[i] - points[j])
-        inputs[i, : len(row)] = row
-    scale = torch.exp2(inputs.abs().amax(1, keepdim=True).log2().round())
-    return outputs, taps * scale, inputs / scale
-
-
-def _transform(outputs: Tensor, taps: Tensor, inputs: Tensor, step: int) -> Transform:
-    ones = next(k for k in range(outputs.shape[1]) if (outputs[:, k] == 1).all())
-    return Transform(
-        taps=taps,
-        input=torch.kron(inputs, inputs).float(),
-        output=torch.kron(outputs, outputs).float(),
-        step=step,
-        ones=ones * outputs.shape[1] + ones,
-    )
+    def taps(self) -> int:
+        """Transformed taps a side."""
+        return len(UPSAMPLE_FILTER if self.upsample else FILTER)
 
 
 @cache
-def plain_transform() -> Transform:
-    """F(4x4, 3x3): 36 products for 4x4 outputs, read from a 6x6 window."""
-    return _transform(*_toom_cook(POINTS), step=TILE)
+def has_onednn() -> bool:
+    """Whether PyTorch offers oneDNN's convolutions on packed weights.
 
-
-@cache
-def upsample_transform() -> Transform:
-    """F(4x4, 3x3) behind a nearest 2x upsampling: 25 products for 4x4 outputs, read from 4x4 small pixels."""
-    outputs, taps, inputs = _toom_cook(UPSAMPLE_POINTS)
-    merged = torch.stack([inputs[:, 0], inputs[:, 1] + inputs[:, 2], inputs[:, 3] + inputs[:, 4], inputs[:, 5]], 1)
-    kept = [k for k, point in enumerate((*UPSAMPLE_POINTS, None)) if point != -1.0]
-    return _transform(outputs[:, kept].contiguous(), taps[kept], merged[kept], step=TILE // 2)
-
-
-@cache
-def has_onednn_linear() -> bool:
-    """Whether PyTorch offers oneDNN's matrix product on packed weights.
-
-    MKL keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a core against oneDNN's 210 (Zen 5, 512x256 by 256x256).
+    Their matrix products reach 200 GFLOP/s on a Zen 5 core, where MKL keeps to AVX2 and 95.
     """
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 @cache
@@ -121,39 +72,22 @@ def cache_bytes() -> int:
     sizes = []
     for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = entry.read_text().strip()
-        factor = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
-        digits = text.rstrip("KM")
-        if digits.isdigit():
-            sizes.append(int(digits) * factor)
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
     for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
         if not sizes and name in getattr(os, "sysconf_names", {}):
             sizes.append(os.sysconf(name))
     return max([size for size in sizes if size > 0], default=DEFAULT_CACHE)
 
 
-def winograd_weight(weight: Tensor, transform: Transform) -> WinogradWeight:
-    """Transform a filter once.
-
-    Args:
-        weight: (Cout, Cin, 3, 3), any float dtype; the transform runs in float64 and is stored as float32.
-        transform: `plain_transform()` or `upsample_transform()`.
-    """
-    taps = transform.taps
-    out_channels, in_channels = weight.shape[:2]
-    sides = torch.einsum("ai,ocij->aocj", taps, weight.detach().double())
-    packed = has_onednn_linear()
-    products = []
-    for side in sides:
-        for product in torch.einsum("bj,ocj->boc", taps, side).float():
-            if packed:
-                products.append(torch.ops.mkldnn._reorder_linear_weight(product.contiguous()))
-            else:
-                products.append(product.t().contiguous())
-    return WinogradWeight(transform, products, in_channels, out_channels, packed)
+@cache
+def _keep_heap() -> None:
+    """Free one large block, so that glibc serves later ones up to its size from the heap, without page faults."""
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class _Workspace(threading.local):
-    """Buffers that grow to the largest block and are used again by every later one, apart for each thread."""
+    """Buffers that grow to the largest block and serve every later one; each thread has its own."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
@@ -162,80 +96,134 @@ class _Workspace(threading.local):
         count = torch.Size(shape).numel()
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < count:
-            buffer = self.buffers[name] = torch.empty(count)
+            with torch.inference_mode(False):
+                buffer = self.buffers[name] = torch.empty(count)
         return buffer[:count].view(shape)
 
 
 _workspace = _Workspace()
 
 
-def _matmul(left: Tensor, right: Tensor, name: str) -> Tensor:
-    """left (m, k) times right (k, n), both row-major."""
-    if has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-    return torch.mm(left, right, out=_workspace.take(name, left.shape[0], right.shape[1]))
+def _pack(weight: WinogradWeight, rows: int) -> Tensor:
+    """G g G^T, the width's tap before the height's: for oneDNN (a² * Cout, Cin, 1, 1), else (a², Cin, Cout)."""
+    taps = torch.tensor(UPSAMPLE_FILTER if weight.upsample else FILTER, dtype=torch.float64)
+    out_channels, in_channels = weight.weight.shape[:2]
+    count = len(taps) ** 2
+    products = torch.empty(len(taps), len(taps), out_channels, in_channels)
+    for product, tap in zip(products, taps, strict=True):
+        columns = weight.weight.detach().double() @ tap
+        product.copy_(torch.einsum("oci,ai->aoc", columns, taps))
+    if not has_onednn():
+        return products.view(count, out_channels, in_channels).transpose(1, 2).contiguous()
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        products.view(count * out_channels, in_channels, 1, 1),
+        [0, 0],
+        [1, 1],
+        [1, 1],
+        count,
+        [1, count * in_channels, 1, rows],
+    )
 
 
 def _products(data: Tensor, weight: WinogradWeight, bias: Tensor | None) -> Tensor:
-    """data (taps, tiles, Cin) to (taps, tiles, Cout), a (Cout,) bias added to the tap that all outputs share."""
-    taps, tiles, _ = data.shape
-    out = _workspace.take("products", taps * tiles, weight.out_channels)
-    if weight.packed:
-        ones = weight.transform.ones
-        parts = [
-            torch.ops.mkldnn._linear_pointwise(data[k], product, bias if k == ones else None, "none", [], "")
-            for k, product in enumerate(weight.products)
-        ]
-        return torch.cat(parts, out=out).view(taps, tiles, -1)
-    result = out.view(taps, tiles, -1)
-    for k, product in enumerate(weight.products):
-        torch.mm(data[k], product, out=result[k])
+    """data (tiles, a²·Cin) to (tiles, a²·Cout), a (Cout,) bias added to the tap that all outputs share."""
+    rows = min(len(data), SETTLED_ROWS)
+    if weight.rows != rows:
+        weight.packed, weight.rows = _pack(weight, rows), rows
+    count = weight.taps**2
+    out_channels = weight.weight.shape[0]
+    ones = ONES * weight.taps + ONES
+    if not has_onednn():
+        split = data.view(len(data), count, -1).transpose(0, 1)
+        product = torch.bmm(split, weight.packed).transpose(0, 1).contiguous()
+        if bias is not None:
+            product[:, ones].add_(bias)
+        return product.view(len(data), -1)
     if bias is not None:
-        result[weight.transform.ones].add_(bias)
-    return result
-
-
-def _gather(x: Tensor, transform: Transform, rows: tuple[int, int], columns: int) -> Tensor:
-    """Windows of tile rows [rows[0], rows[1]) of x (B, H, W, C) as (w², B, tile rows, columns, C), zero outside x."""
-    batch, height, width, channels = x.shape
-    window, step = transform.window, transform.step
-    count = rows[1] - rows[0]
-    tall, wide = step * (count - 1) + window, step * (columns - 1) + window
-    top = rows[0] * step - 1
-    first, last = max(top, 0), min(top + tall, height)
-    padded = _workspace.take("padded", batch, tall, wide, channels)
-    padded[:, : first - top].zero_()
-    padded[:, last - top :].zero_()
-    padded[:, :, :1].zero_()
-    padded[:, :, width + 1 :].zero_()
-    padded[:, first - top : last - top, 1 : width + 1].copy_(x[:, first:last])
-    line = wide * channels
-    windows = padded.as_strided(
-        (window, window, batch, count, columns, channels),
-        (line, channels, tall * line, step * line, step * channels, 1),
+        everywhere = _workspace.take("bias", count, out_channels).zero_()
+        everywhere[ones].copy_(bias)
+        bias = everywhere.view(-1)
+    planes = data.as_strided((1, data.shape[1], 1, len(data)), (data.numel(), 1, data.numel(), data.shape[1]))
+    product = torch.ops.mkldnn._convolution_pointwise(
+        planes, weight.packed, bias, [0, 0], [1, 1], [1, 1], count, "none", [], ""
     )
-    gathered = _workspace.take("windows", window * window, batch, count, columns, channels)
-    gathered.view(windows.shape).copy_(windows)
-    return gathered
+    return product.permute(0, 2, 3, 1).reshape(len(data), -1)
 
 
-def _blocks(batch: int, tile_rows: int, columns: int, target: int) -> list[tuple[int, int, int, int]]:
+def _to_taps(pixels: Tensor, start: int, stop: int, taps: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    """B^T along one axis.
+
+    Args:
+        pixels: (N, tiles, pixels a tile, ...): 4 pixels, or 2 that stand for the 4 upsampled ones.
+        start, stop: the tiles to transform; those around them are read at the edges.
+        taps: written, each (N, stop - start, ...).
+        a, b: scratch of that shape.
+    """
+    inner = pixels[:, start:stop].unbind(2)
+    if len(inner) == TILE:
+        d1, d2, d3, d4 = inner
+        torch.sub(d4, d2, alpha=4, out=a)
+        torch.sub(d3, d1, alpha=4, out=b)
+        torch.add(a, b, out=taps[1])
+        torch.sub(a, b, out=taps[2])
+        torch.sub(d4, d2, out=a)
+        torch.sub(d3, d1, out=b)
+        torch.add(a, b, alpha=2, out=taps[3])
+        torch.sub(a, b, alpha=2, out=taps[4])
+        torch.sub(d4, d2, alpha=5, out=taps[0])
+        torch.mul(d1, 4, out=b)
+        torch.sub(b, d3, alpha=5, out=taps[5])
+    else:
+        c1, c2 = inner
+        torch.sub(c2, c1, alpha=4, out=taps[1])
+        torch.sub(c2, c1, out=taps[2])
+        taps[3].copy_(taps[2])
+        torch.sub(c2, c1, alpha=5, out=taps[0])
+        torch.mul(c1, 4, out=a)
+        torch.sub(a, c2, alpha=5, out=taps[4])
+    skipped = int(start == 0)
+    kept = min(stop, pixels.shape[1] - 1) - start
+    taps[0][:, skipped:].add_(pixels[:, start + skipped - 1 : stop - 1, -1], alpha=4)
+    taps[-1][:, :kept].add_(pixels[:, start + 1 : start + 1 + kept, 0])
+
+
+def _from_taps(taps: Sequence[Tensor], outputs: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    """A^T along one axis: taps to the 4 outputs of a tile, a and b being scratch, all of one shape."""
+    if len(taps) == len(FILTER):
+        torch.add(taps[1], taps[2], out=outputs[2])
+        torch.sub(taps[1], taps[2], out=outputs[1])
+        torch.add(taps[3], taps[4], out=a)
+        torch.sub(taps[3], taps[4], out=b)
+        torch.add(outputs[2], a, out=outputs[0])
+        torch.add(outputs[1], b, alpha=8, out=outputs[3])
+        outputs[2].add_(a, alpha=4)
+        outputs[1].add_(b, alpha=2)
+    else:
+        torch.add(taps[1], taps[2], out=outputs[0])
+        torch.add(taps[1], taps[3], alpha=2, out=outputs[1])
+        torch.add(taps[1], taps[2], alpha=4, out=outputs[2])
+        torch.add(taps[1], taps[3], alpha=8, out=outputs[3])
+    outputs[0].add_(taps[0])
+    outputs[3].add_(taps[-1])
+
+
+def _blocks(batch: int, rows: int, columns: int, target: int) -> list[tuple[int, int, int, int]]:
     """Ranges (image, image end, tile row, tile row end) of about `target` tiles: whole images, or rows of one."""
-    image = tile_rows * columns
+    image = rows * columns
+
+    def spread(count: int, most: int) -> list[tuple[int, int]]:
+        parts = -(-count // max(most, 1))
+        return [(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
     if image <= target:
-        parts = -(-batch // max(target // image, 1))
-        size = -(-batch // parts)
-        return [(b, min(b + size, batch), 0, tile_rows) for b in range(0, batch, size)]
-    parts = -(-tile_rows // max(target // columns, 1))
-    size = -(-tile_rows // parts)
-    return [(b, b + 1, r, min(r + size, tile_rows)) for b in range(batch) for r in range(0, tile_rows, size)]
+        return [(first, last, 0, rows) for first, last in spread(batch, target // image)]
+    return [(b, b + 1, first, last) for b in range(batch) for first, last in spread(rows, target // columns)]
 
 
-def block_tiles(in_channels: int, out_channels: int, transform: Transform) -> int:
-    """Tiles in a block whose windows and transformed data fill a quarter of the last-level cache."""
-    taps, pixels = transform.input.shape
-    floats = in_channels * (2 * pixels + taps) + out_channels * (2 * taps + TILE * TILE)
-    return max(cache_bytes() // 4 // (4 * floats), 16)
+def block_tiles(in_channels: int, out_channels: int) -> int:
+    """Tiles in a block: what its transforms touch fills half the last-level cache, but no fewer than 64."""
+    floats = 72 * (in_channels + out_channels)
+    return max(cache_bytes() // 2 // (4 * floats), SETTLED_ROWS)
 
 
 def winograd_conv3x3(
@@ -252,9 +240,9 @@ def winograd_conv3x3(
 
     Args:
         x: (B, H, W, Cin) float32 on the CPU, each image dense; any H and W.
-        weight: from `winograd_weight`; with `upsample_transform` the conv reads x upsampled 2x (nearest).
-        bias: (Cout,) or (B, Cout).
-        residual: like the result, read once; it may be `out` itself.
+        weight: the filter; where its `upsample` is set the conv reads x upsampled 2x (nearest).
+        bias: float32 (Cout,) or (B, Cout).
+        residual: like the result; it may be `out`.
         output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
         out: (B, H', W', Cout) to write to, each image dense.
         tiles: tiles a block; None fits a block into the last-level cache.
@@ -262,60 +250,54 @@ def winograd_conv3x3(
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
     """
-    transform = weight.transform
-    batch, height, width, _ = x.shape
-    grow = TILE // transform.step
-    high, wide = height * grow, width * grow
-    tile_rows, columns = -(-high // TILE), -(-wide // TILE)
-    channels = weight.out_channels
+    _keep_heap()
+    batch, height, width, channels = x.shape
+    step = TILE // 2 if weight.upsample else TILE
+    grow = TILE // step
+    out_channels, count = weight.weight.shape[0], weight.taps
     if out is None:
-        out = x.new_empty(batch, high, wide, channels)
-    taps = transform.input.shape[0]
-    back = transform.output if output_scale_factor == 1.0 else transform.output / output_scale_factor
-    shared = bias if bias is not None and (bias.ndim == 1 or bias.shape[0] == 1) else None
-    shared = None if shared is None else shared.reshape(-1)
-    target = tiles or block_tiles(weight.in_channels, channels, transform)
-    for b0, b1, r0, r1 in _blocks(batch, tile_rows, columns, target):
-        gathered = _gather(x[b0:b1], transform, (r0, r1), columns)
-        data = _matmul(transform.input, gathered.view(transform.input.shape[1], -1), "data")
-        product = _products(data.view(taps, -1, weight.in_channels), weight, shared)
+        out = x.new_empty(batch, height * grow, width * grow, out_channels)
+    if height % step or width % step:
+        whole = torch.nn.functional.pad(x, (0, 0, 0, -width % step, 0, -height % step))
+        result = winograd_conv3x3(whole, weight, bias=bias, tiles=tiles)[:, : out.shape[1], : out.shape[2]]
+        return _finish(result, residual, output_scale_factor, out)
+    rows, columns = height // step, width // step
+    pixels = x.unflatten(1, (rows, step))
+    shared = bias.reshape(-1) if bias is not None and (bias.ndim == 1 or len(bias) == 1) else None
+    take = _workspace.take
+    for b0, b1, r0, r1 in _blocks(batch, rows, columns, tiles or block_tiles(channels, out_channels)):
+        images, high = b1 - b0, r1 - r0
+        half = take("half", images, high, width, count, channels)
+        scratch = take("a", *half.shape[:3], channels), take("b", *half.shape[:3], channels)
+        _to_taps(pixels[b0:b1], r0, r1, half.unbind(3), *scratch)
+        half = half.view(images * high, columns, step, count * channels)
+        data = take("data", images * high, columns, count, count * channels)
+        scratch = take("a", *data.shape[:2], count * channels), take("b", *data.shape[:2], count * channels)
+        _to_taps(half, 0, columns, data.unbind(2), *scratch)
+
+        product = _products(data.view(-1, count * count * channels), weight, shared)
         if bias is not None and shared is None:
-            product[transform.ones].view(b1 - b0, -1, channels).add_(bias[b0:b1, None])
-        tiled = _matmul(back, product.view(taps, -1), "tiled")
-        tiled = tiled.view(TILE, TILE, b1 - b0, r1 - r0, columns, channels)
-        _scatter(tiled, out[b0:b1], None if residual is None else residual[b0:b1], r0, 1 / output_scale_factor)
+            ones = product.view(images, -1, count * count, out_channels)[:, :, ONES * count + ONES]
+            ones.add_(bias[b0:b1, None])
+
+        product = product.view(images * high, columns, count, count * out_channels)
+        half = take("half", images * high, columns, TILE, count * out_channels)
+        scratch = take("a", *half.shape[:2], half.shape[3]), take("b", *half.shape[:2], half.shape[3])
+        _from_taps(product.unbind(2), half.unbind(2), *scratch)
+        half = half.view(images, high, columns * TILE, count, out_channels)
+        scratch = take("a", *half.shape[:3], out_channels), take("b", *half.shape[:3], out_channels)
+        place = out[b0:b1, r0 * TILE : r1 * TILE]
+        result = place if residual is None else take("data", *place.shape)
+        _from_taps(half.unbind(3), result.unflatten(1, (high, TILE)).unbind(2), *scratch)
+        before = None if residual is None else residual[b0:b1, r0 * TILE : r1 * TILE]
+        _finish(result, before, output_scale_factor, place)
     return out
 
 
-def _scatter(tiled: Tensor, out: Tensor, residual: Tensor | None, row: int, scale: float) -> None:
-    """Write tiles (4, 4, B, rows, columns, C) to their places in out (B, H, W, C), from tile row `row` on."""
-    _, _, batch, rows, columns, channels = tiled.shape
-    height, width = out.shape[1:3]
-    whole_rows, whole_columns = min(rows, height // TILE - row), width // TILE
-    pieces = []
-    if whole_rows > 0 and whole_columns > 0:
-        shape = (TILE, TILE, batch, whole_rows, whole_columns, channels)
-        top = row * TILE * width * channels
-
-        def spread(image: Tensor) -> Tensor:
-            strides = (width * channels, channels, image.stride(0), TILE * width * channels, TILE * channels, 1)
-            return image.as_strided(shape, strides, image.storage_offset() + top)
-
-        pieces.append(
-            (tiled[:, :, :, :whole_rows, :whole_columns], spread(out), None if residual is None else spread(residual))
-        )
-    if whole_rows < rows or whole_columns < columns:
-        for a in range(TILE):
-            for b in range(TILE):
-                slot = (slice(None), slice(row * TILE + a, (row + rows) * TILE, TILE), slice(b, None, TILE))
-                place = out[slot]
-                r, c = place.shape[1:3]
-                before = None if residual is None else residual[slot]
-                low_rows, low_columns = slice(max(whole_rows, 0), r), slice(whole_columns, c)
-                for i, j in ((low_rows, slice(0, c)), (slice(0, max(whole_rows, 0)), low_columns)):
-                    pieces.append((tiled[a, b, :, i, j], place[:, i, j], None if before is None else before[:, i, j]))
-    for values, place, before in pieces:
-        if before is None:
-            place.copy_(values)
-        else:
-            torch.add(values, before, alpha=scale, out=place)
+def _finish(result: Tensor, residual: Tensor | None, output_scale_factor: float, out: Tensor) -> Tensor:
+    """(result + residual) / output_scale_factor into out, which may be either of them."""
+    if residual is not None:
+        torch.add(result, residual, out=out)
+    elif result is not out:
+        out.copy_(result)
+    return out if output_scale_factor == 1.0 else out.div_(output_scale_factor)

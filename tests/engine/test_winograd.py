@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddim_fast.engine import winograd
 from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv, upsample_conv
-from ddim_fast.engine.winograd import plain_transform, upsample_transform, winograd_conv3x3, winograd_weight
+from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
 
 
 def reference(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
@@ -27,8 +27,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.fixture(params=["onednn", "torch"])
 def product_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(winograd, "has_onednn_linear", lambda: False)
-    elif not winograd.has_onednn_linear():
+        monkeypatch.setattr(winograd, "has_onednn", lambda: False)
+    elif not winograd.has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
 
 
@@ -67,12 +67,11 @@ def test_winograd_is_the_convolution_with_what_is_folded_into_it(shape, bias_kin
     residual, scale = (noise(*expected.shape), 1.5) if with_residual else (None, 1.0)
     if residual is not None:
         expected = (expected + residual) / scale
-    transform = upsample_transform() if shape["upsample"] else plain_transform()
     out = residual if into_residual else None
 
     actual = winograd_conv3x3(
         x,
-        winograd_weight(weight, transform),
+        WinogradWeight(weight, shape["upsample"]),
         bias=bias,
         residual=residual,
         output_scale_factor=scale,
@@ -88,9 +87,8 @@ def test_winograd_is_the_convolution_with_what_is_folded_into_it(shape, bias_kin
 @pytest.mark.parametrize("upsample", [False, True])
 def test_every_product_library_gives_the_convolution(product_library, upsample):
     x, weight, bias = torch.randn(2, 11, 6, 20), torch.randn(24, 20, 3, 3), torch.randn(24)
-    transform = upsample_transform() if upsample else plain_transform()
 
-    actual = winograd_conv3x3(x, winograd_weight(weight, transform), bias=bias, tiles=4)
+    actual = winograd_conv3x3(x, WinogradWeight(weight, upsample), bias=bias, tiles=4)
 
     assert relative_error(actual, reference(x, weight, upsample) + bias) < 1e-5
 
@@ -98,19 +96,19 @@ def test_every_product_library_gives_the_convolution(product_library, upsample):
 @pytest.mark.parametrize("upsample", [False, True])
 def test_every_element_is_written_and_nothing_outside(upsample):
     grow = 2 if upsample else 1
-    x = torch.full((2, 3 + 7 + 3, 5, 8), float("nan"))
-    x[:, 3:10] = torch.randn(2, 7, 5, 8)
-    buffer = torch.full((2, 7 * grow + 2, 5 * grow, 16), float("nan"))
+    x = torch.full((2, 3 + 8 + 3, 8, 8), float("nan"))
+    x[:, 3:11] = torch.randn(2, 8, 8, 8)
+    buffer = torch.full((2, 8 * grow + 2, 8 * grow, 16), float("nan"))
     weight = torch.randn(16, 8, 3, 3)
 
     winograd_conv3x3(
-        x[:, 3:10],
-        winograd_weight(weight, upsample_transform() if upsample else plain_transform()),
+        x[:, 3:11],
+        WinogradWeight(weight, upsample),
         out=buffer[:, 1:-1],
         tiles=2,
     )
 
-    assert relative_error(buffer[:, 1:-1], reference(x[:, 3:10], weight, upsample)) < 1e-5
+    assert relative_error(buffer[:, 1:-1], reference(x[:, 3:11], weight, upsample)) < 1e-5
     assert buffer[:, 0].isnan().all() and buffer[:, -1].isnan().all()
 
 
@@ -143,9 +141,8 @@ def test_rounding_error_stays_within_ten_times_the_direct_convolution(name, upsa
     if upsample:
         planes = F.interpolate(planes, scale_factor=2.0, mode="nearest")
     direct = F.conv2d(planes, weight, padding=1).permute(0, 2, 3, 1)
-    transform = upsample_transform() if upsample else plain_transform()
 
-    actual = winograd_conv3x3(x, winograd_weight(weight, transform))
+    actual = winograd_conv3x3(x, WinogradWeight(weight, upsample))
 
     assert relative_error(actual, expected) <= 10 * max(relative_error(direct, expected), 1e-7)
 
@@ -153,9 +150,7 @@ def test_rounding_error_stays_within_ten_times_the_direct_convolution(name, upsa
 def test_zeros_give_the_bias_exactly():
     bias = torch.randn(3, 16)
 
-    actual = winograd_conv3x3(
-        torch.zeros(3, 9, 9, 8), winograd_weight(torch.randn(16, 8, 3, 3), plain_transform()), bias=bias
-    )
+    actual = winograd_conv3x3(torch.zeros(3, 9, 9, 8), WinogradWeight(torch.randn(16, 8, 3, 3)), bias=bias)
 
     assert torch.equal(actual, bias[:, None, None].expand(3, 9, 9, 16))
 
