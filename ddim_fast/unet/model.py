@@ -302,8 +302,8 @@ class UNet2DModel(nn.Module, Configured):
 
         save_unet(self, save_directory, **options)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload config and weights; the options are those of `ddim_fast.checkpoints.push_to_hub`."""
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload config and weights, with the options of `ddim_fast.checkpoints.push_to_hub`; the commit's address."""
         from ..checkpoints import push_to_hub
 
         return push_to_hub(self, repo_id, **options)

@@ -69,6 +69,14 @@ def test_it_exports_in_one_graph_with_any_batch(twins, noisy, kind):
         torch.testing.assert_close(exported(*noisy(batch=5)).sample, model(*noisy(batch=5)).sample)
 
 
+def test_it_is_saved_and_loaded_with_the_options_of_checkpoints(twins, noisy, tmp_path):
+    _, model = twins(num_class_embeds=3)
+    model.save_pretrained(tmp_path / "unet", variant="ema")
+    loaded = UNet2DModel.from_pretrained(tmp_path, subfolder="unet", variant="ema", torch_dtype=torch.float64).eval()
+    assert loaded.dtype == torch.float64
+    assert all(torch.equal(loaded.state_dict()[name].float(), value) for name, value in model.state_dict().items())
+
+
 def test_layers_say_what_they_compute(small_config):
     model = UNet2DModel(**small_config, attention_head_dim=16, norm_eps=1e-4, mid_block_scale_factor=2.0)
     resnet, attention = model.mid_block.resnets[0], model.mid_block.attentions[0]
