@@ -20,6 +20,7 @@ Roofline. At least: x and x2 read once, out written once. Three forms:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def group_norm_reference(
     stats2: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in PyTorch: per-channel statistics, folded into one multiply-add per element."""
+    """The same in PyTorch: per-channel statistics, folded into one multiply-add per element as PyTorch's own does."""
     parts = [(x, stats)] if x2 is None else [(x, stats), (x2, stats2)]
     rows = pixels(x)
     moments = [combine_chunks(channel_statistics(flat(h)) if known is None else known, rows) for h, known in parts]
@@ -396,11 +397,12 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op("ddim_fast::group_norm", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def _group_norm(x: torch.Tensor, *others: Any) -> torch.Tensor:
+def _group_norm(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
     if not use_triton(x):
-        return group_norm_reference(x, *others)
-    out = _new_output(x, *others)
-    _launch_group_norm(x, *others, out=out)
+        return group_norm_reference(x, weight, *others)
+    out = _new_output(x, weight)
+    arguments: list[Any] = [x, weight, *others, out]
+    _launch_group_norm(*arguments)
     return out
 
 
@@ -427,9 +429,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    def reference(*tensors: Any) -> torch.Tensor:
-        return _differentiable(*tensors, num_groups=ctx.num_groups, eps=ctx.eps, silu=ctx.silu)
-
+    reference = partial(_differentiable, num_groups=ctx.num_groups, eps=ctx.eps, silu=ctx.silu)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 7, 8, 9)]
     x, weight, bias, x2, add, scale, shift = backward_through(reference, ctx.saved_tensors, needed, grad)
     return x, weight, bias, None, None, x2, None, add, scale, shift, None, None
