@@ -5,8 +5,8 @@
 with `torch.quantile`'s linear interpolation between the two nearest order statistics (Saharia et al., "Photorealistic
 text-to-image diffusion models", 2022, section 2.3; the ratio and the limits as diffusers has them).
 
-Plain PyTorch: `torch.quantile` sorts everything and refuses more than 16 million elements; `topk` needs only what
-lies above the quantile. Nothing here reads a value back to the host, so a CUDA graph can hold it. Beyond `ddim_step`
+Plain PyTorch: `torch.quantile` sorts everything and, in older releases, refuses more than 16 million elements;
+`topk` needs only what lies above the quantile. Nothing here reads a value back to the host, so a CUDA graph can hold it. Beyond `ddim_step`
 it reads the sample and the model output once more and writes and reads |x0|.
 """
 
@@ -28,7 +28,7 @@ def quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
     low = top[:, -1]
     high = top[:, -2] if count - below > 1 else low
     # `topk` puts NaN first.
-    return torch.where(top[:, 0].isnan(), top[:, 0], torch.lerp(low, high, rank - below))
+    return torch.where(top[:, 0].isnan(), top[:, 0], torch.lerp(low, high, torch.full_like(low, rank - below)))
 
 
 def x0_quantile(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ddim_fast.kernels import launch
 
 sys.path.insert(0, str(Path(__file__).parent))

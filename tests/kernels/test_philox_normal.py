@@ -5,6 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
 from ddim_fast.kernels import START, STEP, philox_normal
 from ddim_fast.kernels.philox_normal import (
     _launch_philox_normal,
@@ -13,9 +17,6 @@ from ddim_fast.kernels.philox_normal import (
     philox_integers_reference,
     warps,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SEEDS = [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
