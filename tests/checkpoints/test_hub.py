@@ -38,8 +38,10 @@ class Handler(BaseHTTPRequestHandler):
                 )
             siblings = [{"rfilename": name} for name in names]
             return self.answer(json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        owner, name, _, _, *rest = path.strip("/").split("/")
-        repo, file = f"{owner}/{name}", "/".join(rest)
+        owner, name, *rest = path.strip("/").split("/")
+        if rest[:1] != ["resolve"]:
+            return self.fail(404, "EntryNotFound")
+        repo, file = f"{owner}/{name}", "/".join(rest[2:])
         if repo in hub.gated:
             return self.fail(403, "GatedRepo")
         if repo not in hub.repos or file not in hub.names(repo):

@@ -282,6 +282,14 @@ class TestInterrupted:
         save_unet(other, folder)
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
+    def test_a_later_save_wins_over_one_that_was_cut_off_after_its_commit(self, unet, other, folder, same_weights):
+        deadline = 0
+        while not any(name.startswith(atomic._COMMITTED) for name in os.listdir(folder)):
+            assert not self.survives(other, folder, deadline)
+            deadline += 1
+        save_pipeline(unet, DDIMScheduler(beta_end=0.03), folder)
+        self.is_whole(folder, unet, 0.03, same_weights)
+
     def test_a_save_in_progress_elsewhere_is_left_alone(self, other, folder):
         running = folder / f"{atomic._WRITING}{atomic._owner()}-0"
         running.mkdir()
