@@ -95,7 +95,14 @@ def run_step(state: State, predict: Predict, update: Update, index: int) -> None
     if update.thresholding is not None:
         ratio, maximum = update.thresholding
         threshold = x0_quantile(
-            state.sample, output, state.table, index, update.prediction_type, ratio, maximum, model_bias=bias
+            state.sample,
+            output,
+            state.table,
+            index,
+            prediction_type=update.prediction_type,
+            ratio=ratio,
+            max_value=maximum,
+            model_bias=bias,
         )
     ddim_step(
         state.sample,
