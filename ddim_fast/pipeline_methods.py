@@ -80,6 +80,10 @@ class PipelineMethods:
         self._offload_hooks: list[Any] = []
         self.engine_state = EngineState()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and other processes pack and capture for themselves.
+        return {**self.__dict__, "engine_state": EngineState()}
+
     # Parts
 
     @property
