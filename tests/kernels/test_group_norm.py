@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
+
 from ddim_fast.kernels import add_residual, group_norm, tiles
 from ddim_fast.kernels.group_norm import _launch_group_norm
 from ddim_fast.kernels.launch import recording
 from ddim_fast.kernels.nhwc import offset, pair_pointers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -137,8 +138,8 @@ def test_small_groups_take_one_launch_and_large_ones_two(place, dtype, size, cha
 
 @pytest.mark.parametrize("missing", ["stats", "stats2", None])
 def test_statistics_of_the_kernel_before_save_a_launch_and_change_nothing(place, missing):
-    x = random(2, 25, 20, 40, device=place, mean=2.0)
-    x2 = random(2, 25, 20, 24, device=place)
+    x = random(1, 25, 23, 40, device=place, mean=2.0)
+    x2 = random(1, 25, 23, 24, device=place)
     weight, bias = parameters(64, place)
     options = {"x2": x2, "add": random(64, device=place)}
     known = {"stats": add_residual(x, want_stats=True)[1], "stats2": add_residual(x2, want_stats=True)[1]}
@@ -174,7 +175,7 @@ def test_a_large_mean_in_bfloat16_is_normalised_like_its_own_rounded_values(plac
 def test_constant_images_normalise_to_the_bias(place):
     x = torch.full((2, 5, 5, 8), 3.0, device=place)
     weight, bias = parameters(8, place)
-    assert relative_l2(group_norm(x, weight, bias, 2, EPS), bias.expand(2, 5, 5, 8)) <= 1e-5
+    assert relative_l2(group_norm(x, weight, bias, 2, EPS), bias.expand(2, 5, 5, 8)) <= 1e-4
 
 
 @pytest.mark.parametrize("large", [False, True])

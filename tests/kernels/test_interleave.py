@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ddim_fast.kernels import group_norm, interleave
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, relative_l2
+
+from ddim_fast.kernels import group_norm, interleave
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
