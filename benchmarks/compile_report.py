@@ -31,10 +31,11 @@ from pathlib import Path
 import triton
 from chips import CHIPS, resident_blocks
 from configurations import Configuration, compile_arguments, configurations
-from ddim_fast.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+
+from ddim_fast.kernels import launch
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|QMMA|QGMMA|OMMA|UTC[A-Z]*MMA)\b")
@@ -171,22 +172,23 @@ def measure_all(work: Sequence[Configuration], processes: int) -> list[Measured]
 
 
 def quick(work: Sequence[Configuration]) -> list[Configuration]:
-    """Of each kernel, chip and set of optional inputs: the configuration with the largest and with the smallest tile.
+    """A subset that takes minutes: of each kernel, chip and set of optional inputs, the largest and the smallest tile.
 
-    Attention stays, but for bfloat16, whose machine code differs from float16's only in the type: it is the one kernel
-    whose tiles depend on the chip, and the one near the limits.
+    Attention is the one kernel whose tiles depend on the chip, and the one near the limits. Of it stays all of float16
+    (bfloat16 differs in the type alone), and what the three models run in float32 and TF32.
     """
+    kept: dict[tuple[object, ...], Configuration] = {}
     groups: dict[tuple[object, ...], list[Configuration]] = {}
     for entry in work:
-        kinds = tuple(kind for kind in entry.signature.values() if kind[0] == "*")
-        flags = tuple((name, value) for name, value in entry.constexprs.items() if isinstance(value, bool | None))
-        groups.setdefault((entry.name, entry.arch, kinds, flags), []).append(entry)
-    kept: dict[tuple[object, ...], Configuration] = {}
-    for (name, *_), group in groups.items():
-        by_size = sorted(group, key=tile_elements)
-        for entry in group if name == "attention" else (by_size[0], by_size[-1]):
-            if name != "attention" or entry.precision != "bfloat16":
+        if entry.name == "attention":
+            if entry.precision == "float16" or (entry.precision != "bfloat16" and entry.users != ["others"]):
                 kept[entry.key()] = entry
+            continue
+        flags = tuple((name, value) for name, value in entry.constexprs.items() if isinstance(value, bool | None))
+        groups.setdefault((entry.name, entry.arch, flags), []).append(entry)
+    for group in groups.values():
+        by_size = sorted(group, key=tile_elements)
+        kept |= {entry.key(): entry for entry in (by_size[0], by_size[-1])}
     return list(kept.values())
 
 

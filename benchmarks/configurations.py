@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ddim_fast.kernels import launch
 from model_calls import MODELS, NAMESPACE, Call, model_calls, other_attention_calls
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ddim_fast.kernels import launch
 
 # The package exports the function under the name of its file.
 attention = importlib.import_module("ddim_fast.kernels.attention")

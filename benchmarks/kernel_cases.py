@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from ddim_fast.kernels import (
     START,
     STEP,

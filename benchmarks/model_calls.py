@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ddim_fast.kernels import add_residual, attention, ddim_step, group_norm, interleave, philox_normal, to_uint8
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddim_fast.kernels import add_residual, attention, ddim_step, group_norm, interleave, philox_normal, to_uint8
 
 NAMESPACE = "ddim_fast"
 STEPS = 64

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from ddim_fast.kernels import launch
-from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles, tiles_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
+
+from ddim_fast.kernels import launch
+from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles, tiles_for
 
 # The package exports the function under the name of its file.
 attention_module = importlib.import_module("ddim_fast.kernels.attention")
