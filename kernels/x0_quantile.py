@@ -5,9 +5,9 @@
 with `torch.quantile`'s linear interpolation between the two nearest order statistics (Saharia et al., "Photorealistic
 text-to-image diffusion models", 2022, section 2.3; the ratio and the limits as diffusers has them).
 
-Plain PyTorch: `torch.quantile` sorts everything and, in older releases, refuses more than 16 million elements;
-`topk` needs only what lies above the quantile. Nothing here reads a value back to the host, so a CUDA graph can hold it. Beyond `ddim_step`
-it reads the sample and the model output once more and writes and reads |x0|.
+Plain PyTorch: `torch.quantile` sorts everything and, in older releases, refuses more than 16 million elements; `topk`
+needs only what lies above the quantile. Nothing here reads a value back to the host, so a CUDA graph can hold it.
+Beyond `ddim_step` it reads the sample and the model output once more and writes and reads |x0|.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from .images import FLOATS, check_like
 
 
 def quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
-    """`torch.quantile(values, ratio, dim=1)` of float32 (B, N), for any N, without a synchronisation."""
+    """`torch.quantile(values, ratio, dim=1)` of float32 (B, N), to its rounding, for any N and without a sync."""
     count = values.shape[1]
-    # The rank in float32, as torch.quantile computes it.
-    rank = float(torch.tensor(ratio, dtype=torch.float32, device="cpu") * (count - 1))
+    rank = ratio * (count - 1)
     below = int(rank)
     top = values.topk(count - below, dim=1).values
     low = top[:, -1]
     high = top[:, -2] if count - below > 1 else low
     # `topk` puts NaN first.
-    return torch.where(top[:, 0].isnan(), top[:, 0], torch.lerp(low, high, torch.full_like(low, rank - below)))
+    return torch.where(top[:, 0].isnan(), top[:, 0], torch.lerp(low, high, rank - below))
 
 
 def x0_quantile(

@@ -16,7 +16,8 @@ from ddim_fast.kernels.x0_quantile import quantile
 @given(count=st.integers(1, 5000), ratio=st.floats(0, 1), seed=st.integers(0, 9))
 def test_it_is_torch_quantile(count, ratio, seed):
     values = torch.rand((2, count), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(quantile(values, ratio), torch.quantile(values, ratio, dim=1))
+    difference = quantile(values, ratio) - torch.quantile(values, ratio, dim=1)
+    assert difference.abs().max() <= 5e-7
 
 
 def test_a_nan_shows_in_its_image_alone():
