@@ -42,7 +42,7 @@ def _fits_device(pipe: Any, size: int, labels: list[int] | None) -> bool:
     try:
         pipe.sample_uint8(batch_size=size, seeds=[0] * size, num_inference_steps=1, **arguments)
         torch.cuda.synchronize(pipe.device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -52,10 +54,14 @@ def run_on_ray(
         raise ValueError("ray is not installed: pip install 'ddim_fast[ray]'") from None
     started = not ray.is_initialized()
     if started:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         except ConnectionError as error:
             raise ValueError(f"ray: cannot reach a cluster at {address!r} ({error}); 'local' starts one") from None
+        # Ray takes SIGTERM for itself; a job has its own way to stop.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0.0)
@@ -154,7 +160,7 @@ def _pipeline(model: Any, job: Job) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(model, str):
-        from .run import load_pipeline
+        from .plan import load_pipeline
 
         return load_pipeline(model, device, job.settings["dtype"], job.settings["engine"])
     import ray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -82,9 +82,14 @@ class Job:
         """The chunks of shard `index` of `count`."""
         return range(index, self.num_chunks, count)
 
-    def missing(self, finished: Mapping[int, Any], index: int = 0, count: int = 1) -> Iterator[int]:
-        """The chunks of a shard that are not `finished`."""
-        return (chunk for chunk in self.shard(index, count) if chunk not in finished)
+    def num_images(self, chunks: Sequence[int]) -> int:
+        """How many images `chunks` hold; all are full but the job's last one."""
+        short = self.num_chunks * self.chunk_size - len(self.seeds) if self.num_chunks - 1 in chunks else 0
+        return len(chunks) * self.chunk_size - short
+
+    def missing(self, finished: Mapping[int, Any]) -> Iterator[int]:
+        """The chunks that are not `finished`."""
+        return (chunk for chunk in range(self.num_chunks) if chunk not in finished)
 
 
 def fingerprint(unet: Any, scheduler: Any) -> str:

@@ -69,27 +69,36 @@ class Sampler:
             labels = labels + labels[-1:] * padding
         start = time.perf_counter()
         images, bad = self._buffers()
-        while True:
-            try:
-                self._sample_parts(seeds, labels, images, bad)
-                break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or self.parts >= size:
-                    raise
-                self.parts *= 2
-                logger.warning(
-                    "out of memory at batch size %d; from here on each batch runs in %d parts of %d "
-                    "(images may differ by rounding from those of whole batches)",
-                    size, self.parts, -(-size // self.parts),
-                )  # fmt: skip
-            if self.cuda:
-                torch.cuda.empty_cache()
+        before = self.parts
+        while not self._fits(seeds, labels, images, bad):
+            self.parts *= 2
+        if self.parts > before:
+            logger.warning(
+                "out of memory at batch size %d; from here on batches run in %d parts of up to %d images "
+                "(which may differ by rounding from those of whole batches)",
+                size, self.parts, -(-size // self.parts),
+            )  # fmt: skip
         done = None
         if self.cuda:
             done = torch.cuda.Event()
             done.record()
         self.seconds["sampling"] += time.perf_counter() - start
         return _Batch(chunk, offset, count, images, bad, done)
+
+    def _fits(
+        self, seeds: Sequence[int], labels: Sequence[int] | None, images: torch.Tensor, bad: torch.Tensor
+    ) -> bool:
+        """Sample a batch; False if that ran out of memory and smaller parts may not."""
+        try:
+            self._sample_parts(seeds, labels, images, bad)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or self.parts >= len(seeds):
+                raise
+        else:
+            return True
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return False
 
     def _sample_parts(
         self, seeds: Sequence[int], labels: Sequence[int] | None, images: torch.Tensor, bad: torch.Tensor

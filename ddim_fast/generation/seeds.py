@@ -35,13 +35,7 @@ class Seeds:
         return int(self.ends[-1])
 
     def __getitem__(self, where: int | slice) -> int | list[int]:
-        if isinstance(where, slice):
-            start, stop, step = where.indices(len(self))
-            at = np.arange(start, stop, step)
-        else:
-            at = np.arange(len(self))[where : where + 1] if where < 0 else np.array([where])
-            if not len(at) or at[0] >= len(self):
-                raise IndexError(f"there are {len(self)} seeds; position {where} is not one of them")
+        at = np.arange(*where.indices(len(self))) if isinstance(where, slice) else np.array([range(len(self))[where]])
         run = np.searchsorted(self.ends, at, side="right")
         starts = np.concatenate(([0], self.ends[:-1]))
         values: list[int] = (self.first[run] + (at - starts[run])).tolist()

@@ -86,9 +86,11 @@ class LocalStore:
                 yield
         finally:
             # A run that was refused leaves no empty folders behind.
-            for folder in (self.path(RECORDS), self.path(HIDDEN), *([self.out] if made else [])):
-                with suppress(OSError):
-                    os.rmdir(folder)
+            if not self.exists("job.json"):
+                shutil.rmtree(self.drafts, ignore_errors=True)
+                for folder in (DRAFTS, RECORDS, HIDDEN, *([""] if made else [])):
+                    with suppress(OSError):
+                        os.rmdir(self.path(folder))
 
     def finishing(self) -> AbstractContextManager[None]:
         """Hold the right to write the files of the whole job, after waiting for a run that does."""
@@ -150,7 +152,7 @@ class LocalStore:
                 _fsync(f"{folder}/0")
             elif files:
                 sync_file_system(folder)
-            for parent in {os.path.dirname(name) for name, _ in files}:
+            for parent in {os.path.dirname(name) for name, _ in [*files, record]}:
                 self._make_parent(parent)
             for number, (name, _) in enumerate([*files, record]):
                 os.rename(f"{folder}/{number}", self.path(name))

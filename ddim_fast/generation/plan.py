@@ -1,0 +1,148 @@
+"""From arguments to a job: the model loaded, the settings complete, and the folder claimed for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import formats
+from .batch_size import choose_batch_size
+from .finish import foreign_files, remove_job
+from .job import SETTINGS_FILE, Job, check_same, fingerprint, read_job, settings_text
+from .labels import Labels
+from .seeds import Seeds
+from .store import Store
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_arguments(
+    num_inference_steps: int,
+    eta: float,
+    batch_size: int | str,
+    chunk_size: int | None,
+    format: str,
+    subdirs: bool,
+    dtype: str | torch.dtype | None,
+    on_bad: str,
+) -> None:
+    """Raise `ValueError` for an argument that is wrong whatever the model."""
+    for name, value in (("num_inference_steps", num_inference_steps), ("chunk_size", chunk_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {batch_size!r}")
+    if not math.isfinite(eta) or not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in 0 (DDIM) to 1 (DDPM), got {eta}")
+    formats.load(format)
+    if subdirs and format != "png":
+        raise ValueError(f"subdirs puts PNGs into folders; it does not apply to format {format!r}")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if on_bad not in ("stop", "skip"):
+        raise ValueError(f"on_bad must be 'stop' or 'skip', got {on_bad!r}")
+
+
+def plan(
+    pipe: Any,
+    name: str | None,
+    seeds: Seeds,
+    store: Store,
+    *,
+    class_labels: Any,
+    batch_size: int | str,
+    chunk_size: int | None,
+    overwrite: bool,
+    **settings: Any,
+) -> Job:
+    """The job of these arguments, for which `store` is claimed; `name` is the model's, as the user gave it.
+
+    Sizes left open are those of the job that is there, else chosen. Raises `ValueError` if `store` holds other work.
+    """
+    there = read_job(store)
+    labels = Labels(class_labels, len(seeds), pipe.unet.config)
+    if there is not None and not overwrite:
+        batch_size = there.batch_size if batch_size == "auto" else batch_size
+        chunk_size = chunk_size or there.chunk_size
+    if isinstance(batch_size, str):
+        batch_size = choose_batch_size(pipe, len(seeds), labels.take(0, [0]))
+    complete = {
+        "seeds": str(seeds),
+        "class_labels": labels.setting,
+        **settings,
+        "batch_size": batch_size,
+        "chunk_size": chunk_size or _default_chunk(settings["format"], batch_size),
+        "image_shape": _image_shape(pipe.unet.config),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "engine": pipe.engine,
+        "weights": fingerprint(pipe.unet, pipe.scheduler),
+    }
+    return _claim(Job(seeds, labels, complete, name), store, there, overwrite)
+
+
+def load_pipeline(
+    pipe: Any, device: str | torch.device | None, dtype: str | torch.dtype | None, engine: str | None
+) -> Any:
+    """`pipe` itself, moved if asked to, or the pipeline of that name, loaded where this process should run."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if isinstance(pipe, str | os.PathLike):
+        from ..pipeline import DDIMPipeline
+
+        name = pipe
+        try:
+            pipe = DDIMPipeline.from_pretrained(name, torch_dtype=dtype, device=device or local_device())
+        except OSError as error:
+            raise ValueError(f"cannot load the model {os.fspath(name)!r}: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+    elif device is not None or dtype is not None:
+        pipe.to(**{key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None})
+    if engine is not None:
+        pipe.engine = engine
+    return pipe
+
+
+def local_device() -> str:
+    """This process's CUDA device, by its local rank under torchrun or Slurm; `"cpu"` without CUDA."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not devices:
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{rank % devices}"
+
+
+def _claim(job: Job, store: Store, there: Job | None, overwrite: bool) -> Job:
+    """Make the folder this job's, or check that it is; the job with the model name that `job.json` has."""
+    if there is not None and overwrite:
+        remove_job(there, store)
+        there = None
+    if there is None:
+        foreign = foreign_files(job, store)
+        if foreign:
+            raise ValueError(f"{store.out} holds {foreign[0]}, which no job wrote; choose another folder")
+        if store.create(SETTINGS_FILE, settings_text(job)):
+            return job
+        # Another shard was faster.
+        there = read_job(store)
+        assert there is not None
+        for name in ("batch_size", "chunk_size"):
+            job.settings[name] = there.settings[name]
+    check_same(there.settings, job.settings, store.out)
+    return replace(job, model=there.model)
+
+
+def _default_chunk(format: str, batch_size: int) -> int:
+    least: int = formats.load(format).DEFAULT_CHUNK
+    return -(-least // batch_size) * batch_size
+
+
+def _image_shape(config: Any) -> list[int]:
+    size = config["sample_size"]
+    if size is None:
+        raise ValueError("the model's sample_size is None, so the size of its images is unknown; build it with one")
+    height, width = (size, size) if isinstance(size, int) else size
+    return [int(height), int(width), int(config["out_channels"])]

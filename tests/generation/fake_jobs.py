@@ -1,0 +1,87 @@
+"""A pipeline that needs no network: its images are a function of the seed, and cost microseconds."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from ddim_fast.generation import generate
+
+
+class FakeUNet(torch.nn.Module):
+    def __init__(self, size=8, channels=3, classes=None):
+        super().__init__()
+        self.config = {
+            "sample_size": size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": (8, 16),
+            "num_class_embeds": classes,
+            "class_embed_type": None,
+        }
+        self.weight = torch.nn.Parameter(torch.arange(3.0))
+
+
+class FakePipeline:
+    """Counts what it is asked for; `bad` seeds come out NaN, more than `most` images are out of memory."""
+
+    device, dtype, engine = torch.device("cpu"), torch.float32, "plain"
+
+    def __init__(self, size=8, channels=3, classes=None, bad=(), most=None):
+        self.unet, self.scheduler = FakeUNet(size, channels, classes), SimpleNamespace(config={"steps": 1000})
+        self.bad, self.most, self.calls = set(bad), most, []
+
+    def sample_uint8(self, batch_size, seeds, eta, num_inference_steps, class_labels=None):
+        self.calls.append(list(seeds))
+        if self.most is not None and batch_size > self.most:
+            raise torch.OutOfMemoryError("no room")
+        config = self.unet.config
+        shape = (config["sample_size"], config["sample_size"], config["out_channels"])
+        images = np.stack([image_of(seed, shape) for seed in seeds])
+        return torch.from_numpy(images), torch.tensor([seed in self.bad for seed in seeds])
+
+
+def image_of(seed, shape=(8, 8, 3)):
+    """What `FakePipeline` samples for `seed`."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def make(out, seeds="0-99", pipe=None, **options):
+    """`generate` with a fake pipeline and small batches."""
+    options = {"batch_size": 8, "chunk_size": 16, "progress": False, "shard": "0/1", **options}
+    return generate(pipe or FakePipeline(), seeds, out, **options)
+
+
+def tree(folder):
+    """Every file below `folder`, hidden ones included: relative name to bytes."""
+    return {
+        os.path.relpath(os.path.join(top, name), folder): open(os.path.join(top, name), "rb").read()
+        for top, _, names in os.walk(folder)
+        for name in names
+    }
+
+
+def killed_after(seconds, work):
+    """Run `work` in a forked child and `kill -9` it after `seconds`; whether that cut it off.
+
+    Forking saves the seconds that importing torch takes; the child must not run torch operators, whose threads it
+    does not have.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(2)
+            work()
+        finally:
+            os._exit(0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        ended = signal.sigtimedwait({signal.SIGCHLD}, seconds)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    if ended is None:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

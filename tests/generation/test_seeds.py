@@ -1,0 +1,116 @@
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddim_fast.generation.seeds import Seeds, as_seeds, find_shard, parse_seeds, parse_shard
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("7", [7]), ("0-3", [0, 1, 2, 3]), ("1,2,5-7", [1, 2, 5, 6, 7]), (" 9 , 3-4 ", [9, 3, 4])],
+)
+def test_seeds_are_read_as_edm_reads_them_and_keep_their_order(text, expected):
+    assert list(parse_seeds(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("5-3", "5-3"),
+        ("a", "'a'"),
+        ("", "''"),
+        ("1,,2", "''"),
+        ("-4", "-4"),
+        ("1-9,4", "4 twice"),
+        (str(2**63), "too large"),
+    ],
+)
+def test_a_wrong_seed_is_named(text, names):
+    with pytest.raises(ValueError, match=names):
+        parse_seeds(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 60), unique=True, min_size=1), st.data())
+def test_seeds_behave_like_the_list_they_stand_for(values, data):
+    seeds = as_seeds(values)
+    start, stop = data.draw(st.integers(-70, 70)), data.draw(st.integers(-70, 70))
+    assert list(seeds) == values
+    assert len(seeds) == len(values)
+    assert seeds[start:stop] == values[start:stop]
+    assert [seeds[at] for at in range(-len(values), len(values))] == values + values
+    assert list(parse_seeds(str(seeds))) == values
+
+
+def test_a_repeated_seed_in_a_list_is_named():
+    with pytest.raises(ValueError, match="5 twice"):
+        as_seeds([1, 5, 9, 5])
+
+
+@pytest.mark.parametrize("wrong", [[-1], np.array([0.5]), [[1, 2]]])
+def test_seeds_that_are_not_natural_numbers_are_refused(wrong):
+    with pytest.raises((ValueError, TypeError), match="seeds must"):
+        as_seeds(wrong)
+
+
+def test_no_seeds_are_refused():
+    for empty in ([], range(0)):
+        with pytest.raises(ValueError, match="empty"):
+            as_seeds(empty)
+
+
+def test_a_million_seeds_are_planned_within_a_second_and_fifty_megabytes():
+    from ddim_fast.generation.job import Job
+
+    tracemalloc.start()
+    start = time.process_time()
+    seeds = parse_seeds("0-999999")
+    job = Job(seeds, None, {"batch_size": 64, "chunk_size": 256, "format": "png", "subdirs": True})
+    planned = sum(len(job.chunk_seeds(index)) for index in job.missing({}))
+    spent = time.process_time() - start
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert planned == 1_000_000
+    assert spent < 1
+    assert peak < 50e6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 500))
+def test_shards_are_disjoint_and_complete(chunk_size, count, images):
+    from ddim_fast.generation.job import Job
+
+    job = Job(Seeds([0], [images]), None, {"chunk_size": chunk_size})
+    made = [seed for k in range(count) for index in job.shard(k, count) for seed in job.chunk_seeds(index)]
+    assert sorted(made) == list(range(images))
+
+
+@pytest.mark.parametrize("wrong", ["4/4", "1", "-1/4", "1/0", "a/b"])
+def test_a_shard_that_does_not_exist_is_refused(wrong):
+    with pytest.raises(ValueError, match="shard"):
+        parse_shard(wrong)
+
+
+def test_shards_come_from_torchrun_and_slurm():
+    assert find_shard({}) == (0, 1, "")
+    assert find_shard({"RANK": "3", "WORLD_SIZE": "8"})[:2] == (3, 8)
+    step = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}
+    assert find_shard(step)[:2] == (2, 4)
+    array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in dict(ID=6, MIN=5, MAX=7, COUNT=3).items()}
+    assert find_shard(array)[:2] == (1, 3)
+    assert find_shard({**step, **array})[:2] == (1 * 4 + 2, 12)
+    assert find_shard({**step, "RANK": "0", "WORLD_SIZE": "2"})[:2] == (0, 2)
+
+
+def test_a_command_that_a_batch_script_runs_without_srun_does_the_whole_job():
+    assert find_shard({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})[:2] == (0, 1)
+
+
+def test_a_slurm_array_with_gaps_is_refused():
+    array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in dict(ID=4, MIN=0, MAX=8, COUNT=3).items()}
+    with pytest.raises(ValueError, match="gaps"):
+        find_shard(array)
