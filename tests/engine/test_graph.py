@@ -1,0 +1,300 @@
+"""The graph engine without a card: fake CUDA tensors run every line, and doubles stand for the capture calls."""
+
+import contextlib
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel, pipeline
+from ddim_fast.engine import choose
+from ddim_fast.engine import graph as graph_module
+from ddim_fast.engine.loop import MAX_WINDOW, window_length
+
+SMALL = dict(
+    sample_size=8,
+    layers_per_block=1,
+    block_out_channels=(8, 16),
+    norm_num_groups=4,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+# What asks the device for a value and so waits for it.
+ROUND_TRIPS = {
+    "aten._local_scalar_dense.default",
+    "aten.item.default",
+    "aten.is_nonzero.default",
+    "aten.nonzero.default",
+}
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that run, with whether a CPU tensor took part."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.mixed, self.round_trips = [], [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if str(func) != "prim.device.default":
+            self.names.append(str(func))
+        tensors = [
+            value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim > 0}
+        if devices == {"cpu", "cuda"} and "copy" not in str(func):
+            self.mixed.append(str(func))
+        if "cuda" in {tensor.device.type for tensor in tensors} and str(func) in ROUND_TRIPS:
+            self.round_trips.append(str(func))
+        return func(*args, **kwargs)
+
+
+class Recorder:
+    """Doubles for the calls that need a driver: what is captured, what is replayed."""
+
+    def __init__(self):
+        self.captures, self.replays, self.captured_operators, self.replay_operators = [], 0, [], []
+        self.fail_with = None
+
+    def install(self, monkeypatch):
+        recorder = self
+
+        class Graph:
+            def replay(self):
+                recorder.replays += 1
+
+        @contextlib.contextmanager
+        def capturing(graph, pool=None, stream=None, capture_error_mode=None):
+            assert capture_error_mode == "thread_local" and pool == "pool" and stream == "stream"
+            if recorder.fail_with is not None:
+                raise recorder.fail_with
+            operators = Operators()
+            with operators:
+                yield
+            recorder.captures.append(graph)
+            recorder.captured_operators.append(operators)
+
+        class Stream:
+            def __new__(cls, device=None):
+                return Name("stream")
+
+        class Name(str):
+            def wait_stream(self, other):
+                assert other in ("stream", "current")
+
+        for name, double in {
+            "Stream": Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "current_stream": lambda device=None: Name("current"),
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": Graph,
+            "graph": capturing,
+            "device": lambda device: contextlib.nullcontext(),
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, double)
+
+        original = graph_module.fill
+
+        def watched_fill(*args):
+            with Operators() as operators:
+                original(*args)
+            recorder.replay_operators.append(operators)
+
+        monkeypatch.setattr(graph_module, "fill", watched_fill)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    return recorder
+
+
+class HostScheduler(DDIMScheduler):
+    """Schedule arithmetic happens on the host, on real numbers, before the device has work."""
+
+    def __init__(self):
+        with unset_fake_temporarily():
+            super().__init__()
+
+    def set_timesteps(self, *args, **kwargs):
+        with unset_fake_temporarily():
+            super().set_timesteps(*args, **kwargs)
+
+    def step_table(self, *args, **kwargs):
+        with unset_fake_temporarily():
+            return super().step_table(*args, **kwargs)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    checked = pipeline.check_class_labels
+
+    def check_on_the_host(unet, labels, batch_size, device):
+        with unset_fake_temporarily():
+            labels = checked(unet, labels, batch_size, torch.device("cpu"))
+        return None if labels is None else labels.to(device)
+
+    monkeypatch.setattr(pipeline, "check_class_labels", check_on_the_host)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def fake_pipeline(dtype=torch.float16, **config):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            unet = UNet2DModel(**{**SMALL, **config}).eval()
+    finally:
+        torch.set_default_dtype(default)
+    pipe = DDIMPipeline(unet, HostScheduler())
+    pipe.scheduler = HostScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, steps=6, **arguments):
+    with Operators() as operators:
+        images = pipe(num_inference_steps=steps, output_type="latent", **arguments).images
+    return images, operators
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_whole_call_stays_on_the_device(fake, recorder, dtype):
+    pipe = fake_pipeline(dtype)
+    assert choose(pipe)[0] == "graph"
+    images, operators = run(pipe, batch_size=2, eta=0.5)
+    assert images.shape == (2, 3, 8, 8) and images.device.type == "cuda" and images.dtype == torch.float32
+    assert not operators.round_trips
+    assert not operators.mixed
+    assert recorder.replays == 1 and len(recorder.captures) == 1
+
+
+def test_a_window_is_one_graph_with_one_update_a_step(fake, recorder):
+    run(fake_pipeline(), steps=6, batch_size=2)
+    counts = Counter(recorder.captured_operators[0].names)
+    assert sum(count for name, count in counts.items() if "ddim_step" in name) == 6
+    assert not recorder.captured_operators[0].mixed
+
+
+def test_changing_data_captures_nothing_anew(fake, recorder):
+    pipe = fake_pipeline(num_class_embeds=4)
+    run(pipe, batch_size=2, class_labels=1)
+    for arguments in (
+        dict(eta=0.3),
+        dict(eta=1.0, seeds=[1, 2]),
+        dict(timesteps=[999, 700, 500, 300, 100, 1]),
+        dict(class_labels=[0, 3]),
+        dict(generator=torch.Generator()),
+    ):
+        run(pipe, batch_size=2, **{"class_labels": 2, **arguments})
+    assert len(recorder.captures) == 1 and recorder.replays == 6
+
+
+def test_a_generator_draws_the_noise_ahead_in_a_graph_of_its_own(fake, recorder):
+    pipe = fake_pipeline()
+    run(pipe, batch_size=2)
+    run(pipe, batch_size=2, eta=0.5, generator=torch.Generator())
+    run(pipe, batch_size=2, eta=0.7, generator=[torch.Generator(), torch.Generator()])
+    assert len(recorder.captures) == 2 and recorder.replays == 3
+
+
+def test_later_replays_allocate_nothing_and_keep_their_addresses(fake, recorder):
+    pipe = fake_pipeline()
+    run(pipe, batch_size=2, eta=0.4)
+    (captured,) = pipe.engine_state.graphs.graphs.values()
+    before = [tensor.untyped_storage()._cdata for tensor in vars(captured.state).values() if tensor is not None]
+    run(pipe, batch_size=2, eta=0.9)
+    after = [tensor.untyped_storage()._cdata for tensor in vars(captured.state).values() if tensor is not None]
+    assert before == after
+    assert set(recorder.replay_operators[-1].names) == {"aten.copy_.default"}
+
+
+def test_long_schedules_replay_one_graph_over_the_windows(fake, recorder):
+    pipe = fake_pipeline()
+    run(pipe, steps=200)
+    assert len(recorder.captures) == 1 and recorder.replays == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "length"), [(1, 1), (50, 50), (64, 64), (100, 50), (128, 64), (1000, 50), (250, 50), (97, 64), (130, 64)]
+)
+def test_windows_divide_the_schedule_where_that_costs_few_launches(steps, length):
+    assert window_length(steps, MAX_WINDOW) == length
+
+
+def test_graphs_of_old_shapes_go(fake, recorder, monkeypatch):
+    monkeypatch.setattr(graph_module, "MAX_GRAPHS", 2)
+    pipe = fake_pipeline()
+    for batch in (1, 2, 1, 3, 1):
+        run(pipe, batch_size=batch)
+    assert len(recorder.captures) == 3
+    assert len(pipe.engine_state.graphs.graphs) == 2
+
+
+def test_changed_weights_are_packed_and_captured_anew(fake, recorder):
+    pipe = fake_pipeline()
+    run(pipe)
+    with torch.no_grad():
+        pipe.unet.down_blocks[0].resnets[0].conv1.weight.mul_(2)
+    run(pipe)
+    assert recorder.replays == 2 and len(recorder.captures) == 2
+    pipe.repack()
+    run(pipe)
+    assert len(recorder.captures) == 3
+
+
+def test_a_model_with_an_unknown_block_runs_its_modules_in_the_graph(fake, recorder):
+    pipe = fake_pipeline(
+        block_out_channels=(32, 32),
+        norm_num_groups=32,
+        down_block_types=("SkipDownBlock2D",) * 2,
+        up_block_types=("SkipUpBlock2D",) * 2,
+    )
+    name, reason = choose(pipe)
+    assert name == "graph" and "SkipDownBlock2D" in reason
+    run(pipe, batch_size=1)
+    assert len(recorder.captures) == 1
+
+
+def test_what_cannot_be_captured_runs_step_by_step(fake, recorder, caplog):
+    recorder.fail_with = RuntimeError("operation not permitted when stream is capturing")
+    pipe = fake_pipeline()
+    images, operators = run(pipe, steps=3)
+    assert images.shape == (1, 3, 8, 8) and recorder.replays == 0
+    assert sum("ddim_step" in name for name in operators.names) >= 3
+    assert "a graph cannot hold them: operation not permitted" in caplog.text
+    run(pipe, steps=3)
+    assert caplog.text.count("a graph cannot hold them") == 1
+
+
+def test_running_out_of_memory_names_a_batch_that_fits(fake, recorder, monkeypatch):
+    recorder.fail_with = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    gib = 2**30
+    for name, double in {
+        "get_device_name": lambda device: "Tested Card",
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: gib,
+        "max_memory_allocated": lambda device: 2 * gib,
+        "memory_reserved": lambda device: gib,
+        "mem_get_info": lambda device: (10 * gib, 16 * gib),
+        "synchronize": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    pipe = fake_pipeline()
+    with pytest.raises(
+        torch.cuda.OutOfMemoryError, match="batch_size=64 does not fit the memory of Tested Card; about batch_size=9"
+    ):
+        run(pipe, batch_size=64)
+    assert not pipe.engine_state.graphs.graphs
+
+
+def test_the_cpu_has_no_graph_and_says_so():
+    pipe = DDIMPipeline(UNet2DModel(**SMALL), DDIMScheduler())
+    pipe.engine = "graph"
+    assert choose(pipe) == ("fused", "CUDA graphs need a CUDA device")
