@@ -154,10 +154,10 @@ class PipelineMethods:
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Write the pipeline as diffusers writes it, each file whole or not at all."""
+        """Write the pipeline as diffusers writes it, whole or not at all."""
         from . import checkpoints
 
-        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         checkpoints.save_pipeline(
             self.unet, self.scheduler, save_directory, safe_serialization=safe_serialization, variant=variant, **sizes
         )
