@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 peers = ["diffusers>=0.30", "accelerate"]
@@ -11,7 +13,7 @@ setup(
     name="ddim_fast",
     version="0.1.0",
     description="A drop-in DDIMPipeline, rebuilt for speed: Triton kernels, CUDA graphs, high-volume generation",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -31,22 +31,23 @@ def adopt_unet(unet: Any) -> UNet2DModel:
     """`unet` itself, or ours around the tensors of a `diffusers.UNet2DModel` (shared, not copied)."""
     for wrapper in ("_orig_mod", "module"):
         unet = getattr(unet, wrapper, unet)
+    config: Any = getattr(unet, "config", None)
     if isinstance(unet, UNet2DModel):
         return unet
-    if not (isinstance(unet, torch.nn.Module) and hasattr(unet, "config")):
+    if not (isinstance(unet, torch.nn.Module) and config is not None):
         raise TypeError(
             f"unet must be a UNet2DModel (ddim_fast's or diffusers'), got {type(unet).__name__}; "
             "load one with UNet2DModel.from_pretrained(...)"
         )
-    named = unet.config.get("_class_name", type(unet).__name__)
+    named = config.get("_class_name", type(unet).__name__)
     if "UNet2DModel" not in (named, type(unet).__name__):
         raise TypeError(f"unet must be a UNet2DModel, got a {type(unet).__name__}, which takes other inputs")
     with torch.device("meta"):
-        adopted = UNet2DModel.from_config(unet.config)
+        adopted = UNet2DModel.from_config(config)
     adopted.load_state_dict(unet.state_dict(), assign=True)
     # What a state dict leaves out is small and depends on the config alone.
     if any(tensor.is_meta for tensor in adopted.buffers()):
-        fresh = dict(UNet2DModel.from_config(unet.config).named_buffers())
+        fresh = dict(UNet2DModel.from_config(config).named_buffers())
         for name, buffer in list(adopted.named_buffers()):
             if buffer.is_meta:
                 owner, _, leaf = name.rpartition(".")
@@ -137,11 +138,11 @@ class PipelineMethods:
         if "unet" in given:
             for name in ("torch_dtype", "device", "variant", "use_safetensors"):
                 options.pop(name, None)
-            loaded = {"scheduler": checkpoints.load_scheduler(pretrained_model_name_or_path, **options)}
+            loaded: dict[str, Any] = {"scheduler": checkpoints.load_scheduler(pretrained_model_name_or_path, **options)}
         else:
             unet, scheduler = checkpoints.load_pipeline_parts(pretrained_model_name_or_path, **options)
             loaded = {"unet": unet, "scheduler": scheduler}
-        pipe = cls(**{**loaded, **given})
+        pipe = cls(**(loaded | given))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
@@ -238,8 +239,11 @@ class PipelineMethods:
         """Keep the weights on the CPU and move those of one layer at a time: least memory, slowest."""
         self._start_offload(gpu_id, device)
 
+        def tensors_of(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+            return module._parameters, module._buffers
+
         def move_in(module: torch.nn.Module, inputs: Any) -> None:
-            for tensors in (module._parameters, module._buffers):
+            for tensors in tensors_of(module):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         kept[module, name] = tensor
@@ -247,7 +251,7 @@ class PipelineMethods:
                         tensors[name] = torch.nn.Parameter(moved, False) if tensors is module._parameters else moved
 
         def move_out(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            for tensors in (module._parameters, module._buffers):
+            for tensors in tensors_of(module):
                 for name in tensors:
                     if (module, name) in kept:
                         tensors[name] = kept.pop((module, name))

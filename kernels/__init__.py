@@ -1,7 +1,7 @@
 """Triton kernels as PyTorch operators (`torch.ops.ddim_fast`)."""
 
-# From the root of a clone, libraries that look for the Hugging Face package `kernels` find this folder instead. It must
-# then be empty to them: a second copy of the operators would replace the first one's.
+# From the root of a clone, libraries that look for the Hugging Face package `kernels` find this folder instead. It
+# must then be empty to them: a second copy of the operators would replace the first one's.
 if __name__ == "ddim_fast.kernels":
     from .add_residual import add_residual as add_residual
     from .attention import attention as attention

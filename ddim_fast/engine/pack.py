@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class _Packer:
         self.time_biases: list[Tensor] = []
         self.columns = 0
 
-    def stage(self, block: nn.Module, resamplers: str) -> Stage:
+    def stage(self, block: Any, resamplers: str) -> Stage:
         attentions = block.attentions if block.attentions is not None else [None] * len(block.resnets)
         layers = tuple(
             (self.resnet(resnet), self.attention(attention))
@@ -152,7 +152,7 @@ class _Packer:
         modules = getattr(block, resamplers)
         return Stage(layers, None if modules is None else self.resampler(modules[0]))
 
-    def middle(self, block: nn.Module) -> Stage:
+    def middle(self, block: Any) -> Stage:
         """The mid block: its first ResNet stands alone, each attention belongs to the ResNet before it."""
         attentions = [*block.attentions, None]
         return Stage(
@@ -163,14 +163,14 @@ class _Packer:
             None,
         )
 
-    def resampler(self, module: nn.Module) -> Conv | UpsampleConv | Resnet:
+    def resampler(self, module: Any) -> Conv | UpsampleConv | Resnet:
         if hasattr(module, "time_emb_proj"):
             return self.resnet(module)
         if type(module).__name__ == "Upsample2D":
             return pack_upsample_conv(module.conv, self.exact)
         return pack_conv(module.conv, module.padding == 0, self.exact)
 
-    def resnet(self, module: nn.Module) -> Resnet:
+    def resnet(self, module: Any) -> Resnet:
         scale_shift = module.time_embedding_norm == "scale_shift"
         conv1_bias = module.conv1.bias.detach().float()
         time_bias = module.time_emb_proj.bias.detach().float()
@@ -197,7 +197,7 @@ class _Packer:
             resample=resample,
         )
 
-    def attention(self, module: nn.Module | None) -> Attention | None:
+    def attention(self, module: Any) -> Attention | None:
         if module is None:
             return None
         projections = (module.to_q, module.to_k, module.to_v)
