@@ -37,8 +37,8 @@ from .nhwc import (
     check_vector,
     flat,
     image_stride,
+    load_pair,
     offset,
-    pair_pointers,
     per_image,
     pixels,
 )
@@ -193,7 +193,7 @@ def _single_kernel(
 
     lane = tl.arange(0, BLOCK_N)
     mask = (lane < rows)[:, None] & inside[None, :]
-    value = tl.load(pair_pointers(x, x2, 0, lane, channel, C1, C2), mask=mask, other=0.0).to(tl.float32)
+    value = load_pair(x, x2, 0, lane, channel, mask, C1, C2, GROUPS * CPG)
     if add is not None:
         vector = _load_vector(add, image, add_stride, channel, inside)
         value = tl.where(mask, value + vector[None, :], 0.0)
@@ -295,7 +295,7 @@ def _apply_kernel(
     stop = tl.minimum(start + rows_per_program, rows)
     for row in range(start, stop, BLOCK_N):
         mask = (row + lane < stop)[:, None] & inside[None, :]
-        value = tl.load(pair_pointers(x, x2, row, lane, channel, C1, C2), mask=mask, other=0.0).to(tl.float32)
+        value = load_pair(x, x2, row, lane, channel, mask, C1, C2, GROUPS * CPG)
         y = (value + displacement[None, :]) * factor[None, :] + term[None, :]
         if SILU:
             y = _silu(y)

@@ -101,10 +101,22 @@ def offset(index, stride):
 
 
 @triton.jit
-def pair_pointers(x, x2, row, lane, channel, C1: tl.constexpr, C2: tl.constexpr):
-    """Pointers to the pixels row + lane of one image, in x (C1 channels) and on into x2 (C2; none if 0)."""
-    pointer = x + offset(row, C1) + (lane[:, None] * C1 + channel[None, :])
-    if C2 > 0:
-        pointer2 = x2 + offset(row, C2) + (lane[:, None] * C2 + (channel - C1)[None, :])
-        pointer = tl.where((channel < C1)[None, :], pointer, pointer2)
-    return pointer
+def load_pair(x, x2, row, lane, channel, mask, C1: tl.constexpr, C2: tl.constexpr, STEP: tl.constexpr):
+    """Pixels row + lane of one image as float32, 0 outside `mask`: x (C1 channels) and on into x2 (C2; none if 0).
+
+    `channel` is contiguous and starts at a multiple of STEP.
+    """
+    first = x + offset(row, C1) + (lane[:, None] * C1 + channel[None, :])
+    if C2 == 0:
+        value = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    else:
+        second = x2 + offset(row, C2) + (lane[:, None] * C2 + (channel - C1)[None, :])
+        in_x = (channel < C1)[None, :]
+        if C1 % 16 == 0 and STEP % 16 == 0:
+            value = tl.load(tl.where(in_x, first, second), mask=mask, other=0.0).to(tl.float32)
+        else:
+            # The compiler takes a chosen pointer to be aligned to as many bytes as the choice is constant over
+            # channels: below 16, two masked loads are wider.
+            value = tl.load(first, mask=mask & in_x, other=0.0).to(tl.float32)
+            value += tl.load(second, mask=mask & (channel >= C1)[None, :], other=0.0).to(tl.float32)
+    return value

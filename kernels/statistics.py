@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch, use_triton
-from .nhwc import flat, offset, pair_pointers, pixels
+from .nhwc import flat, load_pair, offset, pixels
 from .tiles import chunk_count, row_tile
 
 
@@ -143,9 +143,9 @@ def _statistics_kernel(
     count = 0.0
     for row in range(start, stop, BLOCK_N):
         mask = (row + lane < stop)[:, None] & inside[None, :]
-        value = tl.load(pair_pointers(x, x2, row, lane, channel, C1, C2), mask=mask, other=0.0)
+        value = load_pair(x, x2, row, lane, channel, mask, C1, C2, BLOCK_C)
         count += 1.0
-        mean, m2 = welford_update(mean, m2, value.to(tl.float32), mask, 1.0 / count)
+        mean, m2 = welford_update(mean, m2, value, mask, 1.0 / count)
     base = offset(image * chunks + chunk, 2 * channels)
     store_statistics(stats, base, channel, inside, mean, m2, stop - start, channels, BLOCK_N)
 

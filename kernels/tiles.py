@@ -70,8 +70,7 @@ def single_tile(
 
     def tile(groups: int) -> Tile:
         block_n, block_c = triton.next_power_of_2(rows), triton.next_power_of_2(groups * channels_per_group)
-        elements = block_n * block_c
-        return Tile(groups, rows, block_n, block_c, 16 if elements > 16384 else min(max(elements // 1024, 1), 8))
+        return Tile(groups, rows, block_n, block_c, min(max(block_n * block_c // 1024, 1), 16))
 
     best = tile(_groups_at_least(num_groups, SECTOR_BYTES // itemsize, channels_per_group))
     if best.block_n * best.block_c > SINGLE_ELEMENTS:

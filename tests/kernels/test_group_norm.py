@@ -12,7 +12,7 @@ from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_
 from ddim_fast.kernels import add_residual, group_norm, tiles
 from ddim_fast.kernels.group_norm import _launch_group_norm
 from ddim_fast.kernels.launch import recording
-from ddim_fast.kernels.nhwc import offset, pair_pointers
+from ddim_fast.kernels.nhwc import load_pair, offset
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -321,11 +321,11 @@ def _store_offset(out, index, stride):
 
 
 @triton.jit
-def _store_pair_offsets(x, x2, out, row, C1: tl.constexpr, C2: tl.constexpr):
-    lane, channel = tl.arange(0, 2), tl.arange(0, 4)
-    pointer = pair_pointers(x, x2, row, lane, channel, C1, C2).to(tl.int64, bitcast=True)
-    start = tl.where(channel < C1, x.to(tl.int64, bitcast=True), x2.to(tl.int64, bitcast=True))
-    tl.store(out + lane[:, None] * 4 + channel[None, :], pointer - start[None, :])
+def _copy_pair(x, x2, out, row, C1: tl.constexpr, C2: tl.constexpr, BLOCK: tl.constexpr):
+    lane, channel = tl.arange(0, 2), tl.arange(0, BLOCK)
+    mask = (lane < 2)[:, None] & (channel < C1 + C2)[None, :]
+    value = load_pair(x, x2, row, lane, channel, mask, C1, C2, BLOCK)
+    tl.store(out + lane[:, None] * (C1 + C2) + channel[None, :], value, mask=mask)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -336,23 +336,30 @@ def test_offsets_are_those_of_python_integers(device, index, stride):
     assert out.item() == (index * stride + 2**63) % 2**64 - 2**63
 
 
-def test_offsets_in_an_image_of_more_than_two_billion_elements(device):
-    x, x2 = torch.zeros(2, 4, device=device).unbind()
-    out = torch.zeros(2, 4, dtype=torch.int64, device=device)
-    row = 2**30 + 5
-    _store_pair_offsets[(1,)](x, x2, out, row, C1=3, C2=2)
-    bytes_of_x = [[((row + lane) * 3 + c) * 4 for c in range(3)] + [(row + lane) * 2 * 4] for lane in range(2)]
-    assert out.tolist() == bytes_of_x
-
-
-def test_images_more_than_two_billion_elements_apart(device):
-    # Untouched pages of the buffer take no memory.
+@pytest.fixture
+def huge(device):
+    """2³¹ elements and some; untouched pages of it take no memory on a CPU."""
     torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.empty(2**31 + 1024, dtype=torch.float16, device=device)
+
+
+@pytest.mark.parametrize(("channels", "channels2"), [(32, 0), (32, 16), (32, 3), (24, 8)])
+def test_pixels_more_than_two_billion_elements_into_an_image(device, huge, channels, channels2):
+    row = 2**31 // channels + 3
+    pixels = huge.as_strided((2, channels), (channels, 1), row * channels).copy_(random(2, channels, device=device))
+    pixels2 = random(2, channels2, device=device, dtype=torch.float16)
+    if channels2:
+        pixels2 = huge.as_strided((2, channels2), (channels2, 1), row * channels2).copy_(pixels2)
+    out = torch.full((2, channels + channels2), torch.nan, device=device)
+    _copy_pair[(1,)](huge, huge, out, row, C1=channels, C2=channels2, BLOCK=64)
+    assert torch.equal(out, torch.cat([pixels, pixels2], 1).float())
+
+
+def test_images_more_than_two_billion_elements_apart(device, huge):
     stride = 2**31 + 16
-    buffer = torch.empty(stride + 256, dtype=torch.float16, device=device)
-    x = buffer.as_strided((2, 2, 2, 8), (stride, 16, 8, 1))
+    x = huge.as_strided((2, 2, 2, 8), (stride, 16, 8, 1))
     x.copy_(random(2, 2, 2, 8, device=device))
-    out = buffer.as_strided((2, 2, 2, 8), (stride, 16, 8, 1), 128)
+    out = huge.as_strided((2, 2, 2, 8), (stride, 16, 8, 1), 128)
     weight, bias = parameters(8, device)
     wanted = expected(x, weight, bias, 2)
     for stats in (None, add_residual(x, want_stats=True)[1]):
