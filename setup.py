@@ -7,7 +7,10 @@ webdataset = ["webdataset"]
 parquet = ["pyarrow"]
 plots = ["matplotlib"]
 ray = ["ray[data]"]
-test = ["pytest", "pytest-benchmark", "hypothesis", "scipy", "ruff", "mypy", *peers, *webdataset, *parquet, *plots]
+test = [
+    *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"),
+    *(*peers, *webdataset, *parquet, *plots),
+]
 
 setup(
     name="ddim_fast",

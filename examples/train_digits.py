@@ -46,6 +46,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
+def loss_weights(scheduler: DDIMScheduler, min_snr: float | None) -> torch.Tensor:
+    """The weight of every timestep: 1, or less where the signal dominates and only fine grain is left to learn."""
+    if min_snr is None:
+        return torch.ones_like(scheduler.alphas_cumprod)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    return snr.clamp(max=min_snr) / snr
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="mnist.npz in Keras's layout")
@@ -54,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights that are saved")
+    parser.add_argument("--min-snr", type=float, help="weigh the loss by min(SNR, this) / SNR (Hang et al. 2023)")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +98,8 @@ def main() -> None:
         timesteps = torch.randint(1000, (args.batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16):
             predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = torch.nn.functional.mse_loss(predicted.float(), noise)
+        errors = (predicted.float() - noise).square().mean((1, 2, 3))
+        loss = (errors * loss_weights(scheduler, args.min_snr).to(device)[timesteps]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -98,7 +108,7 @@ def main() -> None:
         with torch.no_grad():
             for averaged, current in zip(ema.parameters(), unet.parameters(), strict=True):
                 averaged.lerp_(current, 1 - decay)
-        losses.append(loss.item())
+        losses.append(errors.mean().item())
 
         done = step + 1
         if done % 50 == 0:
