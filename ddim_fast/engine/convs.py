@@ -63,21 +63,31 @@ def biases_fold(x: Tensor) -> bool:
 
 
 def pack_conv(module: nn.Conv2d, pad_right_bottom: bool = False, exact: bool = False) -> Conv:
-    """Pack a convolution; on CUDA the module takes over the channels-last storage, so no second copy stays."""
+    """Pack a convolution; on CUDA the module takes over the channels-last storage, so no second copy stays.
+
+    But where the padding is to the right and below only: there the packed weight is one row and one column larger.
+    """
     weight, cpu = module.weight.detach(), None
-    if weight.is_cuda:
+    padding = 0 if pad_right_bottom else int(module.padding[0])
+    if weight.is_cuda and pad_right_bottom:
+        weight, padding, pad_right_bottom = padded_weight(weight), 1, False
+    elif weight.is_cuda:
         weight = weight.contiguous(memory_format=torch.channels_last)
         module.weight.data = weight
     elif biases_fold(weight) and module.kernel_size == (3, 3) and module.stride == (1, 1):
         cpu = cpu_conv.pack_conv3x3(weight)
-    bias = module.bias.detach().float()
-    padding = 0 if pad_right_bottom else module.padding[0]
-    return Conv(weight, bias, module.stride[0], padding, pad_right_bottom, cpu, exact)
+    return Conv(weight, float_bias(module), module.stride[0], padding, pad_right_bottom, cpu, exact)
+
+
+def float_bias(module: nn.Conv2d) -> Tensor:
+    """The bias in float32; every convolution of a UNet has one."""
+    assert module.bias is not None
+    return module.bias.detach().float()
 
 
 def pack_upsample_conv(module: nn.Conv2d, exact: bool = False) -> UpsampleConv:
     """Pack a 3x3 convolution that follows nearest 2x upsampling."""
-    weight, bias = module.weight.detach(), module.bias.detach().float()
+    weight, bias = module.weight.detach(), float_bias(module)
     if biases_fold(weight):
         return UpsampleConv(None, bias, cpu_conv.pack_upsample_conv(weight), exact)
     return UpsampleConv(phase_weight(weight), bias, None, exact)
@@ -88,6 +98,15 @@ def phase_weight(weight: Tensor) -> Tensor:
     taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight.device)
     phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, weight.float())
     return phases.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def padded_weight(weight: Tensor) -> Tensor:
+    """A row of zeros above and a column to the left: (Cout, Cin, k, k) to (Cout, Cin, k + 1, k + 1).
+
+    Padded by one all around, it computes what `weight` does on an image padded to the right and below, without the
+    padded copy of the image.
+    """
+    return F.pad(weight, (1, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
 
 
 def nchw(x: Tensor) -> Tensor:
@@ -158,6 +177,7 @@ def conv_alone(x: Tensor, conv: Conv) -> Activation:
 
 def phases(x: Tensor, conv: UpsampleConv) -> Tensor:
     """The four phases of the upsampling convolution, (B, H + 1, W + 1, 4 * Cout), for `interleave`."""
+    assert conv.weight is not None
     return nhwc(F.conv2d(nchw(x), conv.weight, None, 1, 1))
 
 

@@ -82,17 +82,19 @@ def apply_norm(
         norm.eps,
         x2=None if skip is None else skip.data,
         silu=silu,
-        add=add,
+        add=norm.add if add is None else add,
         scale=scale,
         shift=shift,
-        # Statistics help only where every input has them.
-        stats=x.stats if skip is None or skip.stats is not None else None,
-        stats2=None if skip is None or x.stats is None else skip.stats,
+        stats=x.stats,
+        stats2=None if skip is None else skip.stats,
     )
 
 
 def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Tensor) -> Activation:
-    """(shortcut + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))) / output_scale_factor."""
+    """(shortcut + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))) / output_scale_factor.
+
+    Without the bias where the block leaves it to what follows.
+    """
     hidden = apply_norm(x, skip, block.norm1, silu=True)
     if block.resample == "down":
         hidden = average_pool(hidden)
@@ -103,6 +105,10 @@ def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Ten
         time = block.conv1.bias
     convolved, add = conv_before_norm(hidden, block.conv1, time)
     hidden = apply_norm(Activation(convolved), None, block.norm2, silu=True, add=add, scale=scale, shift=shift)
+    if block.leaves_bias and skip is not None and block.shortcut is not None:
+        channels = x.data.shape[-1]
+        convolved = add_product(bare(hidden, block.conv2), x.data, block.shortcut[:, :channels])
+        return Activation(add_product(convolved, skip.data, block.shortcut[:, channels:]))
     residual = shortcut_of(x.data, None if skip is None else skip.data, block.shortcut)
     if block.resample == "down":
         residual = average_pool(residual)
@@ -118,8 +124,13 @@ def shortcut_of(x: Tensor, skip: Tensor | None, weight: Tensor | None) -> Tensor
     if skip is None:
         return x @ weight.T
     channels = x.shape[-1]
-    first = x.flatten(0, 2) @ weight[:, :channels].T
-    return first.addmm_(skip.flatten(0, 2), weight[:, channels:].T).unflatten(0, x.shape[:3])
+    return add_product(x @ weight[:, :channels].T, skip, weight[:, channels:])
+
+
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """out + x @ weight.T, in place on a contiguous `out` (B, H, W, Cout)."""
+    out.flatten(0, 2).addmm_(x.flatten(0, 2), weight.T)
+    return out
 
 
 def average_pool(x: Tensor) -> Tensor:

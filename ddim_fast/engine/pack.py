@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convs import Conv, UpsampleConv, pack_conv, pack_upsample_conv
+from .convs import Conv, UpsampleConv, biases_fold, pack_conv, pack_upsample_conv
 
 if TYPE_CHECKING:
     from ..unet import UNet2DModel
@@ -20,17 +21,21 @@ MID_BLOCKS = ("UNetMidBlock2D", None)
 
 @dataclass(frozen=True)
 class Norm:
-    """A GroupNorm."""
+    """A GroupNorm; `add`, float32 (C,), is a bias that its input still lacks."""
 
     weight: Tensor
     bias: Tensor
     groups: int
     eps: float
+    add: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Resnet:
-    """A ResNet block; `time` is its part of a row of the time tables."""
+    """A ResNet block; `time` is its part of a row of the time tables.
+
+    With `leaves_bias` its output lacks `output_bias`, and what follows makes up for it.
+    """
 
     norm1: Norm
     conv1: Conv | UpsampleConv
@@ -42,6 +47,7 @@ class Resnet:
     scale_shift: bool
     output_scale_factor: float
     resample: str | None
+    leaves_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,16 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
         down = tuple(packer.stage(block, "downsamplers") for block in unet.down_blocks)
         mid = None if unet.mid_block is None else packer.middle(unet.mid_block)
         up = tuple(packer.stage(block, "upsamplers") for block in unet.up_blocks)
+        norm_out = _norm(unet.conv_norm_out)
+        if not biases_fold(norm_out.weight):
+            up, norm_out = leave_biases(up, norm_out)
         projections = packer.projections
         return PackedUNet(
             conv_in=pack_conv(unet.conv_in, exact=exact),
             down=down,
             mid=mid,
             up=up,
-            norm_out=_norm(unet.conv_norm_out),
+            norm_out=norm_out,
             conv_out=pack_conv(unet.conv_out, exact=exact),
             time_weight=torch.cat([projection.weight for projection in projections]).float(),
             time_bias=torch.cat(packer.time_biases),
@@ -132,6 +141,32 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
 
 def _norm(norm: nn.GroupNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps)
+
+
+def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ...], Norm]:
+    """Let biases wait on the way up where only a norm and a shortcut read what they belong to.
+
+    The norm adds a bias as it reads, and through the linear shortcut it is a constant. So no pass over the image is
+    needed to add it, and the shortcut is accumulated onto the convolution's output.
+    """
+    bias: Tensor | None = None
+    stages = []
+    for stage in up:
+        layers = []
+        for index, (resnet, attention) in enumerate(stage.layers):
+            if bias is not None and resnet.shortcut is not None:
+                through_shortcut = resnet.shortcut[:, : len(bias)].float() @ bias
+                resnet = replace(
+                    resnet,
+                    norm1=replace(resnet.norm1, add=F.pad(bias, (0, len(resnet.norm1.weight) - len(bias)))),
+                    output_bias=resnet.output_bias + through_shortcut,
+                )
+            normed_next = index + 1 < len(stage.layers) or stage.resampler is None
+            leaves = normed_next and attention is None and resnet.output_scale_factor == 1
+            bias = resnet.output_bias if leaves else None
+            layers.append((replace(resnet, leaves_bias=leaves), attention))
+        stages.append(replace(stage, layers=tuple(layers)))
+    return tuple(stages), replace(norm_out, add=bias)
 
 
 class _Packer:
