@@ -179,13 +179,13 @@ def test_elements_beyond_two_to_the_31_are_found(device):
 
 
 def test_rows_too_far_apart_for_32_bit_offsets_are_gathered_first(device):
-    """Rows 2²⁵ elements apart: row 64 of a tile would lie 2³¹ elements on."""
+    """Rows 2²⁶ elements apart: row 32 of a tile lies 2³¹ elements on."""
     if torch.device(device).type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of free device memory")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    qkv = packed(1, 66, 1, 16, torch.float16, device)
-    span = torch.empty(65 * 2**25 + 48, dtype=torch.float16, device=device)
-    far = span.as_strided(qkv.shape, (1, 2**25, 1))
+    qkv = packed(1, 34, 1, 16, torch.float16, device)
+    span = torch.empty(33 * 2**26 + 48, dtype=torch.float16, device=device)
+    far = span.as_strided(qkv.shape, (1, 2**26, 1))
     far.copy_(qkv)
 
     assert torch.equal(attention(far, 1), attention(qkv, 1))
