@@ -301,8 +301,10 @@ def _ddim_step_out(
     row = table[step]
     if seeds is not None and row[4] != 0:
         noise = philox_normal_reference(seeds, int(row[6]), sample.shape, STEP)
-    options = (prediction_type, clip_range, threshold, use_clipped_model_output, noise, model_bias)
-    prev_sample, x0 = ddim_step_reference(sample, model_output, row, *options)
+    limits = (clip_range, threshold, use_clipped_model_output)
+    prev_sample, x0 = ddim_step_reference(
+        sample, model_output, row, prediction_type, *limits, noise=noise, model_bias=model_bias
+    )
     out.copy_(prev_sample)
     if out_low is not None:
         out_low.copy_(prev_sample)

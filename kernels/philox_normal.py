@@ -43,7 +43,7 @@ def philox_integers_reference(
     quad = torch.arange(first_quad, first_quad + quads, device=seeds.device)
     key0, key1 = (seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None]
     zeros = torch.zeros((len(seeds), quads), dtype=torch.int64, device=seeds.device)
-    c0, c1, c2, c3 = zeros + (quad & _MASK), step & _MASK, zeros + (purpose & _MASK), quad >> 32
+    c0, c1, c2, c3 = zeros + (quad & _MASK), zeros + (step & _MASK), zeros + (purpose & _MASK), quad >> 32
     for _ in range(10):
         # An int64 product wraps, yet its 64 bits are those of the unsigned one.
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57

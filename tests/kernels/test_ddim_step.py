@@ -205,15 +205,14 @@ def test_half_of_a_learned_variance_output_needs_no_copy(place):
 def test_an_image_beyond_two_to_the_31_elements_away_is_found(tmp_path, device):
     if device.type == "cuda":
         pytest.skip("uses a sparse file as memory")
-    stride = 2**31 + 64
-    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=stride + 192, dtype=torch.float16)
-    far = memory.as_strided((2, 3, 8, 8), (stride, 64, 8, 1))
-    far.copy_(images((2, 3, 8, 8), 1))
-    sample = images((2, 3, 8, 8))
-    expected = update(device, sample=sample, model_output=far.clone())
-    assert torch.equal(update(device, sample=sample, model_output=far), expected)
-    low = update(device, sample=sample, model_output=far.clone(), out_low=far)
-    assert torch.equal(far, low.half())
+    # Each stride fits 32 bits, the last image's offset does not.
+    stride = 2**30 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 192, dtype=torch.float16)
+    far = memory.as_strided((3, 3, 8, 8), (stride, 64, 8, 1))
+    far.copy_(images((3, 3, 8, 8), 1))
+    assert torch.equal(update(device, model_output=far), update(device, model_output=far.clone()))
+    result = update(device, model_output=far.clone(), out_low=far)
+    assert torch.equal(far, result.half())
 
 
 def test_gradients_are_those_of_the_formula(place):

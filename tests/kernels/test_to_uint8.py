@@ -105,10 +105,11 @@ def test_the_image_with_a_nan_is_flagged_and_no_other(place, dtype, channels_las
 def test_an_image_beyond_two_to_the_31_elements_away_is_found(tmp_path, device):
     if device.type == "cuda":
         pytest.skip("uses a sparse file as memory")
-    stride = 2**31 + 64
-    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=stride + 48, dtype=torch.float16)
-    sample = memory.as_strided((2, 3, 4, 4), (stride, 16, 4, 1))
-    sample.copy_(torch.randn(2, 3, 4, 4))
+    # Each stride fits 32 bits, the last image's offset does not.
+    stride = 2**30 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 48, dtype=torch.float16)
+    sample = memory.as_strided((3, 3, 4, 4), (stride, 16, 4, 1))
+    sample.copy_(torch.randn(3, 3, 4, 4))
     assert torch.equal(to_uint8(sample)[0], pil_bytes(sample.clone()))
 
 
