@@ -135,14 +135,14 @@ class PipelineMethods:
             log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
         if given.keys() == {"unet", "scheduler"}:
             raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
-        if "unet" in given:
+        unet = given.get("unet")
+        if unet is not None:
             for name in ("torch_dtype", "device", "variant", "use_safetensors"):
                 options.pop(name, None)
-            loaded: dict[str, Any] = {"scheduler": checkpoints.load_scheduler(pretrained_model_name_or_path, **options)}
+            scheduler = checkpoints.load_scheduler(pretrained_model_name_or_path, **options)
         else:
             unet, scheduler = checkpoints.load_pipeline_parts(pretrained_model_name_or_path, **options)
-            loaded = {"unet": unet, "scheduler": scheduler}
-        pipe = cls(**(loaded | given))
+        pipe = cls(unet=unet, scheduler=given.get("scheduler", scheduler))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
