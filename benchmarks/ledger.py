@@ -144,7 +144,13 @@ ENGINES = {"ddim_fast": count_ours, "diffusers": count_diffusers}
 
 
 def ledgers(model: str, batch: int, dtype: torch.dtype, peer: str | None = None) -> dict[str, Ledger]:
-    """Count a step of `model` (a name in `UNETS`): {"ddim_fast": ours, and the peer's by its name}."""
+    """Count a step of `model` (a name in `UNETS`): {"ddim_fast": ours, and the peer's by its name}.
+
+    bfloat16 is counted as float16, which has its size and its rates: whether cuDNN takes bfloat16, and so how images
+    lie in memory, PyTorch asks a driver.
+    """
+    if dtype == torch.bfloat16:
+        dtype = torch.float16
     names = ["ddim_fast", *([] if peer is None else [peer])]
     return {name: ENGINES[name](UNETS[model], batch, dtype) for name in names}
 

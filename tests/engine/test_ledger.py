@@ -91,6 +91,13 @@ def test_a_labelled_model_reads_its_time_vectors_in_place(modules, time):
     assert len(ours.step) == len(plain.step)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_batch_and_no_dtype_costs_a_copy(modules, batch, dtype):
+    (ours,) = modules[0].ledgers("digits", batch, dtype).values()
+    assert not [row.operator for row in ours.step if row.kind == "copy"]
+
+
 def test_a_longer_window_shares_its_tables_out_over_more_steps(modules, counted):
     ours, _ = counted["digits"]
     assert ours.steps == modules[0].STEPS and ours.window
