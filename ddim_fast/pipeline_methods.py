@@ -142,7 +142,8 @@ class PipelineMethods:
             scheduler = checkpoints.load_scheduler(pretrained_model_name_or_path, **options)
         else:
             unet, scheduler = checkpoints.load_pipeline_parts(pretrained_model_name_or_path, **options)
-        pipe = cls(unet=unet, scheduler=given.get("scheduler", scheduler))
+        parts: dict[str, Any] = {"unet": unet, "scheduler": given.get("scheduler", scheduler)}
+        pipe = cls(**parts)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
