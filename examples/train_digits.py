@@ -46,12 +46,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def loss_weights(scheduler: DDIMScheduler, min_snr: float | None) -> torch.Tensor:
-    """The weight of every timestep: 1, or less where the signal dominates and only fine grain is left to learn."""
-    if min_snr is None:
+def loss_weights(scheduler: DDIMScheduler, balance: bool) -> torch.Tensor:
+    """The weight of every timestep's squared error of the noise: 1, or (min(SNR, 5) + 1) / SNR, at most 200.
+
+    An error e of the noise is an error e / sqrt(SNR) of the image. Unweighted, the steps that decide which digit it
+    will be (SNR far below 1) hardly count; those that polish the grain (SNR above 5, Hang et al. 2023) count most.
+    """
+    if not balance:
         return torch.ones_like(scheduler.alphas_cumprod)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    return snr.clamp(max=min_snr) / snr
+    return ((snr.clamp(max=5.0) + 1) / snr).clamp(max=200.0)
 
 
 def main() -> None:
@@ -62,7 +66,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights that are saved")
-    parser.add_argument("--min-snr", type=float, help="weigh the loss by min(SNR, this) / SNR (Hang et al. 2023)")
+    parser.add_argument(
+        "--balance", action="store_true", help="weigh steps by what they are worth to the image, not to the noise"
+    )
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,6 +78,7 @@ def main() -> None:
     device = torch.device(args.device)
     images = load_images(args.data)
     scheduler = DDIMScheduler(num_train_timesteps=1000)
+    weights = loss_weights(scheduler, args.balance).to(device)
     unet = digits_unet().to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=1e-4)
@@ -99,7 +106,7 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
         errors = (predicted.float() - noise).square().mean((1, 2, 3))
-        loss = (errors * loss_weights(scheduler, args.min_snr).to(device)[timesteps]).mean()
+        loss = (errors * weights[timesteps]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
