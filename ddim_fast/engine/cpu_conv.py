@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import WinogradWeight, has_onednn, winograd_conv3x3
+from .winograd import WinogradWeight, block_tiles, has_onednn, winograd_conv3x3
 
 
 @dataclass
@@ -31,10 +31,44 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
     return PackedConv(weight.detach(), upsample=True)
 
 
+# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py` on a Zen 5 core (AVX-512, 32 MiB L3).
+DIRECT_COST = (4.5e-12, 2.5e-9, 3.5e-11, 5.5e-4)
+WINOGRAD_COST = (4.1e-12, 1.1e-9, 5.7e-11, 9.4e-4)
+
+
+def cost_terms(
+    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool, threads: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the time of a conv is made of, direct and by Winograd, for an input of `height` by `width`.
+
+    Direct: operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls.
+    Winograd: operations of the products a thread, transformed elements a thread, bytes of weights, blocks.
+    """
+    channels = in_channels * out_channels
+    pixels = batch * height * width
+    taps = 16 if upsample else 9
+    phased = 4 * pixels * out_channels if upsample else 0
+    direct = (2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0)
+    step, products = (2, 25) if upsample else (4, 36)
+    tiles = batch * -(-height // step) * -(-width // step)
+    blocks = -(-tiles // block_tiles(in_channels, out_channels))
+    winograd = (
+        2 * products * tiles * channels / threads,
+        products * tiles * (in_channels + out_channels) / threads,
+        4 * products * channels,
+        float(blocks),
+    )
+    return direct, winograd
+
+
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
-    """`winograd` or `direct`, by predicted time."""
-    tiles = batch * -(-height // 4) * -(-width // 4) * (4 if upsample else 1)
-    return "winograd" if tiles >= 64 and min(in_channels, out_channels) >= 32 else "direct"
+    """`winograd` or `direct`: the one that takes less time by the fitted cost."""
+    terms = cost_terms(batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads())
+    direct, winograd = (
+        sum(count * seconds for count, seconds in zip(part, cost, strict=True))
+        for part, cost in zip(terms, (DIRECT_COST, WINOGRAD_COST), strict=True)
+    )
+    return "winograd" if winograd < direct else "direct"
 
 
 def conv3x3(

@@ -86,7 +86,7 @@ def _keep_heap() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-class _Workspace(threading.local):
+class Workspace(threading.local):
     """Buffers that grow to the largest block and serve every later one; each thread has its own."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class _Workspace(threading.local):
         return buffer[:count].view(shape)
 
 
-_workspace = _Workspace()
+workspace = Workspace()
 
 
 def _pack(weight: WinogradWeight, rows: int) -> Tensor:
@@ -140,7 +140,7 @@ def _products(data: Tensor, weight: WinogradWeight, bias: Tensor | None) -> Tens
             product[:, ones].add_(bias)
         return product.view(len(data), -1)
     if bias is not None:
-        everywhere = _workspace.take("bias", count, out_channels).zero_()
+        everywhere = workspace.take("bias", count, out_channels).zero_()
         everywhere[ones].copy_(bias)
         bias = everywhere.view(-1)
     planes = data.as_strided((1, data.shape[1], 1, len(data)), (data.numel(), 1, data.numel(), data.shape[1]))
@@ -264,7 +264,7 @@ def winograd_conv3x3(
     rows, columns = height // step, width // step
     pixels = x.unflatten(1, (rows, step))
     shared = bias.reshape(-1) if bias is not None and (bias.ndim == 1 or len(bias) == 1) else None
-    take = _workspace.take
+    take = workspace.take
     for b0, b1, r0, r1 in _blocks(batch, rows, columns, tiles or block_tiles(channels, out_channels)):
         images, high = b1 - b0, r1 - r0
         half = take("half", images, high, width, count, channels)

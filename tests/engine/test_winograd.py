@@ -183,10 +183,10 @@ def test_half_precision_goes_to_the_direct_convolution():
 def test_buffers_do_not_grow_with_calls():
     x, packed = torch.randn(1, 32, 32, 32), pack_conv3x3(torch.randn(32, 32, 3, 3))
     conv3x3(x, packed)
-    before = {name: buffer.data_ptr() for name, buffer in winograd._workspace.buffers.items()}
+    before = {name: buffer.data_ptr() for name, buffer in winograd.workspace.buffers.items()}
 
     for _ in range(3):
         conv3x3(x, packed)
 
     assert before
-    assert {name: buffer.data_ptr() for name, buffer in winograd._workspace.buffers.items()} == before
+    assert {name: buffer.data_ptr() for name, buffer in winograd.workspace.buffers.items()} == before
