@@ -5,7 +5,7 @@ float32, float16 or bfloat16; bias is (C,) or (B, C). Arithmetic is float32, rou
 pass measures the values as stored, for the GroupNorm that reads them next: float32 (B, K, 2, C), see statistics.py.
 
 Roofline. At least: x and residual read, out written, once each. Moved: the same, and 8·K·B·C bytes of statistics: at
-most a sixteenth of x (chunks of 64 pixels, half precision), a thousandth where images are large. Fewer bytes would
+most a sixteenth of x from 64 pixels up (half precision), a thousandth where images are large. Fewer bytes would
 need the sum inside the convolution.
 """
 

@@ -195,6 +195,7 @@ def test_wrong_arguments_are_named(changes, error, message):
 sizes = st.tuples(st.integers(1, 4096), st.integers(1, 2**20), st.integers(1, 2048))
 
 
+@settings(deadline=None)
 @given(size=sizes)
 def test_chunks_are_few_and_tiles_fit_the_registers(size):
     batch, rows, channels = size

@@ -154,6 +154,20 @@ def test_statistics_of_the_kernel_before_save_a_launch_and_change_nothing(place,
     assert count_launches(x, 1, **options, **known) == expected_launches
 
 
+@pytest.mark.parametrize("chunks", [1, 7, 48, 64])
+def test_statistics_may_come_in_any_number_of_chunks(place, chunks):
+    # The mean drifts from chunk to chunk, and the last chunks of 48 and of 64 are empty.
+    x = random(2, 6, 10, 128, device=place) + torch.arange(60.0, device=place).view(1, 6, 10, 1)
+    rows, size = x.double().flatten(1, 2), -(-60 // chunks)
+    stats = torch.zeros(2, chunks, 2, 128, device=place)
+    for k, chunk in enumerate(rows.split(size, 1)):
+        stats[:, k, 0] = chunk.mean(1)
+        stats[:, k, 1] = chunk.var(1, correction=0) * chunk.shape[1]
+    weight, bias = parameters(128, place)
+    out = group_norm(x, weight, bias, 1, EPS, stats=stats)
+    assert relative_l2(out, expected(x, weight, bias, 1)) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("size", [16, 24])
 @pytest.mark.parametrize("mean", [1000.0, -1000.0])
 def test_a_mean_of_1000_beside_a_deviation_of_1_keeps_its_digits(place, size, mean):
@@ -370,6 +384,7 @@ def test_images_more_than_two_billion_elements_apart(device, huge):
 problem_sizes = st.tuples(st.integers(1, 128), st.integers(1, 2**16), st.integers(1, 64), st.integers(1, 64))
 
 
+@settings(deadline=None)
 @given(size=problem_sizes, itemsize=st.sampled_from([2, 4]), chunks=st.integers(1, 64))
 def test_tiles_cover_whole_groups_and_fit_the_registers(size, itemsize, chunks):
     batch, rows, num_groups, channels_per_group = size
