@@ -70,13 +70,14 @@ def plan(
         chunk_size = chunk_size or there.chunk_size
     if isinstance(batch_size, str):
         batch_size = choose_batch_size(pipe, len(seeds), labels.take(0, [0]))
+    image_shape = _image_shape(pipe.unet.config)
     complete = {
         "seeds": str(seeds),
         "class_labels": labels.setting,
         **settings,
         "batch_size": batch_size,
-        "chunk_size": chunk_size or _default_chunk(settings["format"], batch_size),
-        "image_shape": _image_shape(pipe.unet.config),
+        "chunk_size": chunk_size or _default_chunk(settings["format"], batch_size, image_shape),
+        "image_shape": image_shape,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "engine": pipe.engine,
         "weights": fingerprint(pipe.unet, pipe.scheduler),
@@ -135,9 +136,11 @@ def _claim(job: Job, store: Store, there: Job | None, overwrite: bool) -> Job:
     return replace(job, model=there.model)
 
 
-def _default_chunk(format: str, batch_size: int) -> int:
-    least: int = formats.load(format).DEFAULT_CHUNK
-    return -(-least // batch_size) * batch_size
+def _default_chunk(format: str, batch_size: int, image_shape: list[int]) -> int:
+    """Whole batches that are worth a flush to disk; as PNGs, which appear by the chunk, about a million pixels."""
+    height, width, _ = image_shape
+    images = 2**20 // (height * width) if format == "png" else 1024
+    return max(1, -(-min(images, 1024) // batch_size)) * batch_size
 
 
 def _image_shape(config: Any) -> list[int]:

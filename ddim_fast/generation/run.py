@@ -62,7 +62,7 @@ def generate(
         num_inference_steps, eta, timesteps: as in a pipeline's call.
         class_labels: an int, one int a seed, or `"uniform"` (seed modulo the number of classes).
         batch_size: images in a forward, or `"auto"`: what fits, or what the job in `out` already has.
-        chunk_size: images finished together (default: about 256 for png, 1,024 for the others). For webdataset and
+        chunk_size: images finished together (default: about 1,024; PNGs about a million pixels). For webdataset and
             parquet also the images in a file.
         format: `"png"`, `"npz"`, `"webdataset"` or `"parquet"`.
         subdirs: put PNGs into folders of 1,000.

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from fake_jobs import FakePipeline, image_of, killed_after, make, tree
+from fake_jobs import FakePipeline, fork, image_of, killed, make, tree
 from PIL import Image
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -294,14 +294,10 @@ def test_a_path_without_its_library_is_one_clear_error():
 
 
 def test_a_killed_run_gives_its_lock_up(tmp_path):
-    def slow():
-        pipe = FakePipeline()
-        sample = pipe.sample_uint8
-        pipe.sample_uint8 = lambda **arguments: time.sleep(0.05) or sample(**arguments)
-        make(tmp_path, pipe=pipe)
-
-    assert killed_after(0.3, slow)
+    assert killed(fork(lambda: make(tmp_path), kill_at=60))
+    assert (tmp_path / ".ddim-fast/job.lock").exists()
     assert make(tmp_path).complete
+    assert not (tmp_path / ".ddim-fast/job.lock").exists()
 
 
 def test_a_second_run_on_one_folder_is_refused_while_the_first_works(tmp_path):

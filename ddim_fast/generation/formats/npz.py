@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..store import Store
 
-DEFAULT_CHUNK = 1024
 ARRAY = "samples.npz"
 
 

@@ -1,6 +1,5 @@
 """One PNG an image, named by its seed; and what all formats' modules have in common, described here.
 
-- `DEFAULT_CHUNK`: how many images are finished together, about.
 - `files(job, seeds, index)`: names of the files of chunk `index`, whose images are those of `seeds`.
 - `encode(job, image, seed, label)`: bytes of one image, uint8 (H, W, C). Called from threads.
 - `pack(job, index, seeds, labels, encoded)`: the chunk's files as `(name, bytes)`.
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..store import Store
 
-DEFAULT_CHUNK = 256
 # Level 1 on rows filtered by "up": twice Pillow's speed at the same size on 32×32 images (bench_generation.py).
 COMPRESSION = 1
 COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}

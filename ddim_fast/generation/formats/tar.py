@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..store import Store
 
-__all__ = ["DEFAULT_CHUNK", "contents", "decode", "encode", "files", "finish", "pack"]
-
-DEFAULT_CHUNK = 1024
+__all__ = ["contents", "decode", "encode", "files", "finish", "pack"]
 
 
 def files(job: Job, seeds: Sequence[int], index: int) -> list[str]:
