@@ -1,0 +1,1 @@
+"""`ddim-fast bench`: the engines and their peers side by side, timed only where their pictures agree."""
