@@ -27,8 +27,8 @@ def measure(
 
     The seconds: `total`, and its parts `start` (interpreter and imports), `load` (its library and the weights),
     `warm_up` (packing, allocations, choice of algorithms, lazy loading of code), `compile` (Triton, torch.compile),
-    `capture` (CUDA graphs) and `sampling` (a second call). Memory is PyTorch's peak on a CUDA device, else the largest resident size
-    of the process, libraries and weights included.
+    `capture` (CUDA graphs) and `sampling` (a second call). Memory is PyTorch's peak on a CUDA device, else the largest
+    resident size of the process, libraries and weights included.
 
     Raises RuntimeError, with the last line it wrote, if the process fails.
     """
