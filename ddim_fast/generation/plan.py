@@ -27,6 +27,7 @@ def check_arguments(
     chunk_size: int | None,
     format: str,
     subdirs: bool,
+    device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     on_bad: str,
 ) -> None:
@@ -38,6 +39,8 @@ def check_arguments(
         raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {batch_size!r}")
     if not math.isfinite(eta) or not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in 0 (DDIM) to 1 (DDPM), got {eta}")
+    if device is not None:
+        _check_device(device)
     formats.load(format)
     if subdirs and format != "png":
         raise ValueError(f"subdirs puts PNGs into folders; it does not apply to format {format!r}")
@@ -45,6 +48,16 @@ def check_arguments(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"on_bad must be 'stop' or 'skip', got {on_bad!r}")
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= devices:
+        raise ValueError(f"device must be one that is there; got {device!r}, but there are {devices} CUDA devices")
 
 
 def plan(

@@ -88,7 +88,7 @@ def generate(
         )
     if ray is not None and count > 1:
         raise ValueError(f"ray divides the job by itself; leave out shard {index}/{count}")
-    check_arguments(num_inference_steps, eta, batch_size, chunk_size, format, subdirs, dtype, on_bad)
+    check_arguments(num_inference_steps, eta, batch_size, chunk_size, format, subdirs, device, dtype, on_bad)
     if format == "npz" and os.fspath(out).endswith(".npz"):
         raise ValueError(f"out names the job's folder, got {out}; its array will be samples.npz in that folder")
     seeds, source = as_seeds(seeds), pipe

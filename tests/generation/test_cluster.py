@@ -1,0 +1,125 @@
+"""Jobs on Ray: a local cluster of two workers, started here."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_jobs import FakePipeline, make, tree
+
+from ddim_fast.generation import verify
+from ddim_fast.generation.cluster import ChunkWorker
+from ddim_fast.generation.job import read_job
+from ddim_fast.generation.store import open_store
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ddim_fast[ray]'")
+pytest.importorskip("ray.data", reason="ray is installed without Ray Data: pip install 'ray[data]'")
+
+
+class DyingPipeline(FakePipeline):
+    """Kills its process, and with it its worker, in the first batch that has seed 32, once for a folder."""
+
+    def __init__(self, unet=None, scheduler=None, once=""):
+        super().__init__()
+        if unet is not None:
+            self.unet, self.scheduler, self.once = unet, SimpleNamespace(config=scheduler.config), scheduler.once
+        else:
+            self.scheduler = SimpleNamespace(config={"steps": 1000}, once=once)
+
+    @property
+    def components(self):
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    def to(self, device):
+        return self
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    def sample_uint8(self, seeds, **arguments):
+        if 32 in seeds and not os.path.exists(self.once):
+            open(self.once, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        # Slow enough that both workers take part.
+        time.sleep(0.05)
+        return super().sample_uint8(seeds=seeds, **arguments)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    # A busy machine takes longer to start than Ray's patience.
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
+    here = os.path.dirname(__file__)
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_killing_a_worker_in_mid_job_loses_and_duplicates_nothing(tmp_path, cluster):
+    make(tmp_path / "undisturbed")
+    once = str(tmp_path / "killed")
+    report = make(tmp_path / "ray", pipe=DyingPipeline(once=once), ray="auto", workers=2)
+    assert os.path.exists(once)
+    assert tree(tmp_path / "ray") == tree(tmp_path / "undisturbed")
+    assert (report.done, report.made, report.complete) == (100, 100, True)
+    assert verify(tmp_path / "ray").ok
+    again = make(tmp_path / "ray", pipe=DyingPipeline(once=once), ray="auto")
+    assert again.made == 0
+
+
+def worker(out, pipe, monkeypatch, todo=(0, 1, 2)):
+    """An actor's object, in this process."""
+    monkeypatch.setattr("ddim_fast.generation.cluster._pipeline", lambda model, job: pipe)
+    job = read_job(open_store(out))
+    return ChunkWorker("model", job, str(out), list(todo), "stop")
+
+
+def rows(worker, *positions):
+    return worker({"id": np.array(positions)})
+
+
+def test_a_worker_leaves_a_chunk_that_is_finished_as_it_is(tmp_path, monkeypatch):
+    make(tmp_path, "0-47")
+    pipe = FakePipeline()
+    assert rows(worker(tmp_path, pipe, monkeypatch), 1)["made"] == [0]
+    assert not pipe.calls
+
+
+def test_a_worker_makes_its_chunk(tmp_path, monkeypatch):
+    make(tmp_path, "0-47", shard="1/3")
+    made = rows(worker(tmp_path, FakePipeline(), monkeypatch), 0, 2)
+    assert (made["chunk"], made["made"], made["error"]) == ([0, 2], [16, 16], ["", ""])
+    make(tmp_path, "0-47")
+    make(tmp_path / "whole", "0-47")
+    whole = tree(tmp_path / "whole")
+    assert {name: data for name, data in tree(tmp_path).items() if not name.startswith("whole")} == whole
+
+
+def test_a_worker_with_other_weights_or_without_the_folder_makes_nothing(tmp_path, monkeypatch):
+    make(tmp_path / "out", "0-47", shard="0/3")
+    other = FakePipeline()
+    other.unet.weight.data += 1
+    assert "other weights" in rows(worker(tmp_path / "out", other, monkeypatch), 1)["error"][0]
+    lost = worker(tmp_path / "out", FakePipeline(), monkeypatch)
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    assert "no longer the folder" in rows(lost, 1)["error"][0]
+
+
+def test_a_worker_reports_a_bad_image(tmp_path, monkeypatch):
+    make(tmp_path, "0-47", shard="0/3")
+    assert "seeds 20" in rows(worker(tmp_path, FakePipeline(bad=[20]), monkeypatch), 1)["error"][0]
+
+
+def test_ray_and_shards_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="ray divides the job by itself"):
+        make(tmp_path / "out", ray="local", shard="0/2")
