@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -67,12 +66,11 @@ class Report:
 
 
 class Progress:
-    """Images done, images a second and time left: a bar on a terminal's stderr, or JSON lines on `log`."""
+    """Images sampled, images a second and time left: a bar on stderr, or JSON lines on `log`."""
 
     def __init__(self, total: int, done: int, show: bool, log: TextIO | None):
         self.log, self.total, self.done, self.before = log, total, done, done
         self.start = self.last = time.monotonic()
-        self.lock = threading.Lock()
         self.bar = None
         if show and not log:
             self.bar = tqdm(total=total, initial=done, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr)
@@ -84,17 +82,16 @@ class Progress:
             self.log.flush()
 
     def add(self, images: int) -> None:
-        """Count `images` more; any thread may call this."""
-        with self.lock:
-            self.done += images
-            if self.bar is not None:
-                self.bar.update(images)
-            now = time.monotonic()
-            if self.log and (now - self.last >= 1 or self.done == self.total):
-                self.last = now
-                rate = (self.done - self.before) / max(now - self.start, 1e-9)
-                left = (self.total - self.done) / rate if rate else None
-                self.event("progress", done=self.done, total=self.total, images_per_second=rate, seconds_left=left)
+        """Count `images` more."""
+        self.done += images
+        if self.bar is not None:
+            self.bar.update(images)
+        now = time.monotonic()
+        if self.log and (now - self.last >= 1 or self.done == self.total):
+            self.last = now
+            rate = (self.done - self.before) / max(now - self.start, 1e-9)
+            left = (self.total - self.done) / rate if rate else None
+            self.event("progress", done=self.done, total=self.total, images_per_second=rate, seconds_left=left)
 
     def close(self) -> None:
         if self.bar is not None:

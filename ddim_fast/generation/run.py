@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from .errors import JobError, explain
 from .finish import finish_job, write_grid
-from .job import Job
+from .job import Chunk, Job
 from .plan import check_arguments, load_pipeline, plan
 from .report import Progress, Report, add_times
 from .sampling import Sampler
@@ -158,14 +159,16 @@ def run_here(
     """Make the chunks `todo` in this process. Whatever stops it, the chunks that are sampled by then are finished."""
 
     def on_chunk(index: int, record: dict[str, Any]) -> None:
-        images = len(job.chunk_seeds(index))
         report.made += record["images"]
-        report.done += images
-        bar.add(images)
+        report.done += len(job.chunk_seeds(index))
+
+    def emit(chunk: Chunk, offset: int, images: np.ndarray, bad: np.ndarray) -> None:
+        writer.put(chunk, offset, images, bad)
+        bar.add(len(images))
 
     sampler, writer = Sampler(pipe, job), Writer(job, store, on_bad, on_chunk)
     try:
-        sampler.run((job.chunk(index) for index in todo), writer.put)
+        sampler.run((job.chunk(index) for index in todo), emit)
     except BaseException:
         with suppress(Exception):
             writer.close()

@@ -190,10 +190,10 @@ def test_memory_that_not_even_one_image_fits_is_an_error(tmp_path):
 
 
 def test_an_automatic_batch_keeps_the_widest_activation_in_the_caches_of_a_cpu(tmp_path):
-    assert make(tmp_path / "8", "0-999", batch_size="auto", chunk_size=None).batch_size == 64
+    assert make(tmp_path / "8", "0-99", batch_size="auto", chunk_size=None).batch_size == 64
     assert make(tmp_path / "few", "0-4", batch_size="auto").batch_size == 8
-    wide = FakePipeline(size=256)
-    assert make(tmp_path / "256", "0-9", pipe=wide, batch_size="auto").batch_size == 4
+    wide = FakePipeline(size=128)
+    assert make(tmp_path / "128", "0-19", pipe=wide, batch_size="auto").batch_size == 16
 
 
 def test_classes_reach_the_model_and_the_files(tmp_path):
