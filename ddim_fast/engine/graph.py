@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,7 +151,7 @@ def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, noise: Tens
 def capture(run: Run, predict: Predict, state: State, steps: int, cache: GraphCache) -> torch.cuda.CUDAGraph:
     """Warm up on a side stream, where kernels compile and cuDNN chooses its algorithms, then record the window."""
     device = state.sample.device
-    with _capturing, torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with _capturing, torch.cuda.device(device), timed_algorithms():
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -165,6 +166,16 @@ def capture(run: Run, predict: Predict, state: State, steps: int, cache: GraphCa
             for index in range(steps):
                 run_step(state, predict, run.update, index)
         return graph
+
+
+@contextmanager
+def timed_algorithms() -> Iterator[None]:
+    """Let cuDNN time its algorithms in the warm-up, so that the capture takes the fastest; nothing else changes."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def describe_shortage(run: Run, predict: Predict) -> str:

@@ -294,6 +294,13 @@ def test_running_out_of_memory_names_a_batch_that_fits(fake, recorder, monkeypat
     assert not pipe.engine_state.graphs.graphs
 
 
+def test_a_capture_lets_cudnn_time_its_algorithms_and_changes_no_other_setting(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with graph_module.timed_algorithms():
+        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_the_cpu_has_no_graph_and_says_so():
     pipe = DDIMPipeline(UNet2DModel(**SMALL), DDIMScheduler())
     pipe.engine = "graph"
