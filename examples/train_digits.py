@@ -62,6 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="mnist.npz in Keras's layout")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline, the log and the grid")
+    parser.add_argument(
+        "--start", help="a pipeline to begin from, such as ddim-fast/digits, instead of random weights"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -79,7 +82,8 @@ def main() -> None:
     images = load_images(args.data)
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     weights = loss_weights(scheduler, args.balance).to(device)
-    unet = digits_unet().to(device)
+    unet = digits_unet() if args.start is None else DDIMPipeline.from_pretrained(args.start).unet
+    unet = unet.to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=1e-4)
     args.out.mkdir(parents=True, exist_ok=True)
