@@ -9,7 +9,7 @@ plots = ["matplotlib"]
 ray = ["ray[data]"]
 test = [
     *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"),
-    *(*peers, *webdataset, *parquet, *plots),
+    *(*peers, *webdataset, *parquet, *plots, *ray, "datasets"),
 ]
 
 setup(
@@ -31,6 +31,7 @@ setup(
         "pillow",
         "safetensors",
         "huggingface_hub",
+        "fsspec",
         "tqdm",
         "click",
     ],
