@@ -1,0 +1,145 @@
+"""The engines side by side: the same pictures, chosen at run time, undisturbed by one another."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim_fast.engine import choose
+
+SMALL = dict(
+    sample_size=8,
+    layers_per_block=1,
+    block_out_channels=(8, 16),
+    norm_num_groups=4,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+
+
+def make(seed=0, engine="auto", **config):
+    torch.manual_seed(seed)
+    pipe = DDIMPipeline(UNet2DModel(**{**SMALL, **config}).eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.engine = engine
+    return pipe
+
+
+def draw(pipe, steps=3, **arguments):
+    return pipe(
+        **{"seeds": [1, 2], "batch_size": 2, "num_inference_steps": steps, "output_type": "latent", **arguments}
+    ).images
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_fifty_steps_of_the_digits_model_give_the_pictures_of_the_plain_engine(digits, eta):
+    pictures = {}
+    for engine in ("plain", "fused"):
+        digits.engine = engine
+        pictures[engine] = digits(4, seeds=range(4), eta=eta, output_type="uint8").images.astype(int)
+    levels = np.abs(pictures["plain"] - pictures["fused"])
+    assert levels.max() <= 1 and (levels > 0).mean() <= 0.005
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_engines_draw_the_digits_of_float32(digits, dtype, bound):
+    """What rounding the weights alone does to the plain engine bounds what the fused one may do."""
+    digits.engine = "plain"
+    expected = digits(2, seeds=[0, 1], num_inference_steps=5, output_type="np").images
+    half = DDIMPipeline(copy.deepcopy(digits.unet), digits.scheduler).to(dtype)
+    half.set_progress_bar_config(disable=True)
+    for engine in ("plain", "fused"):
+        half.engine = engine
+        images = half(2, seeds=[0, 1], num_inference_steps=5, output_type="np").images
+        assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= bound, engine
+
+
+def test_the_fused_engine_runs_without_being_asked():
+    pipe = make()
+    assert choose(pipe)[0] == "fused" and pipe.engine_state.packed is None
+    draw(pipe)
+    assert pipe.engine_state.packed is not None
+
+
+def test_the_engine_can_be_changed_between_calls():
+    pipe = make()
+    images = []
+    for engine in ("plain", "fused", "plain", "auto"):
+        pipe.engine = engine
+        images.append(draw(pipe))
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], images[3])
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+
+
+def test_changed_weights_change_the_pictures():
+    """Edits in place, another dtype and loaded weights are noticed; nothing stale is drawn with."""
+    pipe, other = make(), make(seed=1)
+    draw(pipe)
+    with torch.no_grad():
+        pipe.unet.up_blocks[1].resnets[0].conv1.weight.mul_(1.5)
+        pipe.unet.mid_block.attentions[0].to_q.bias.add_(0.1)
+    edited = draw(pipe)
+    pipe.engine = "plain"
+    torch.testing.assert_close(edited, draw(pipe), atol=1e-4, rtol=1e-4)
+    pipe.engine = "fused"
+    pipe.unet.load_state_dict(other.unet.state_dict())
+    torch.testing.assert_close(draw(pipe), draw(other), atol=1e-6, rtol=1e-6)
+
+
+def test_weights_edited_behind_the_counters_are_packed_by_repack():
+    pipe = make()
+    draw(pipe)
+    pipe.unet.conv_out.bias.data.fill_(0.3)
+    pipe.repack()
+    fused = draw(pipe)
+    pipe.engine = "plain"
+    torch.testing.assert_close(fused, draw(pipe), atol=1e-4, rtol=1e-4)
+
+
+def test_exact_turns_the_fast_convolutions_off():
+    pipe = make(block_out_channels=(64, 64), sample_size=32, norm_num_groups=32)
+    fast = draw(pipe, steps=1)
+    pipe.exact = True
+    exact = draw(pipe, steps=1)
+    assert all(layer.conv2.exact for stage in pipe.engine_state.packed.down for layer, _ in stage.layers)
+    torch.testing.assert_close(fast, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_threads_with_a_pipeline_each_do_not_disturb_one_another():
+    pipes = [make(seed=seed) for seed in range(3)]
+    expected = [draw(pipe, eta=0.5) for pipe in pipes]
+    found = [None] * 3
+
+    def work(index):
+        for _ in range(3):
+            found[index] = draw(pipes[index], eta=0.5)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_model_with_an_unknown_block_runs_plain_and_is_named_once(caplog):
+    pipe = make(
+        block_out_channels=(32, 32),
+        norm_num_groups=32,
+        down_block_types=("SkipDownBlock2D",) * 2,
+        up_block_types=("SkipUpBlock2D",) * 2,
+    )
+    with caplog.at_level("INFO", logger="ddim_fast.engine"):
+        draw(pipe, steps=1)
+        draw(pipe, steps=1)
+    assert caplog.text.count("does not know the block SkipDownBlock2D") == 1
