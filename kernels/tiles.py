@@ -107,5 +107,5 @@ def apply_tile(
     block_c = triton.next_power_of_2(groups * channels_per_group)
     wanted = max(fewest, min(1024, columns * rows // (4 * multiprocessors)))
     block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_ELEMENTS // block_c))
-    num_warps = min(max(block_n * block_c // 1024, 1), 4)
+    num_warps = min(max(block_n * block_c // 512, 1), 8)
     return Tile(groups, triton.cdiv(wanted, block_n) * block_n, block_n, block_c, num_warps)
