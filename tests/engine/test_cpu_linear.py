@@ -1,0 +1,53 @@
+"""The CPU's products and attention are the definitions, whichever library runs them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddim_fast.engine import cpu_linear
+from ddim_fast.engine.cpu_linear import attention, linear
+
+
+@pytest.fixture(params=["onednn", "torch"], autouse=True)
+def product_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_linear, "has_onednn", lambda: False)
+    elif not cpu_linear.has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_linear_adds_bias_and_residual(dense, with_residual):
+    x, weight, bias = torch.randn(2, 7, 24), torch.randn(10, 20), torch.randn(10)
+    x = x[..., :20].contiguous() if dense else x[..., :20]
+    weight = weight if dense else weight.t().contiguous().t()
+    residual = torch.randn(2, 7, 10) if with_residual else None
+    kept = None if residual is None else residual.clone()
+
+    actual = linear(x, weight, bias, residual)
+
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(actual.double(), expected if kept is None else expected + kept, rtol=1e-5, atol=1e-4)
+    assert kept is None or torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize(("heads", "size", "length"), [(1, 64, 49), (2, 96, 16), (4, 8, 25), (1, 64, 1)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_is_softmax_of_scores_times_values(heads, size, length, scale):
+    qkv = torch.randn(3, length, 3 * heads * size)
+
+    actual = attention(qkv, heads, scale)
+
+    q, k, v = qkv.double().view(3, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) * (size**-0.5 if scale is None else scale)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, length, -1)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_sequences_are_attended_in_blocks(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "MOST_TOKENS", 8)
+    qkv = torch.randn(1, 9, 3 * 64)
+
+    q, k, v = (part[None] for part in qkv.view(1, 9, 3, 64).unbind(2))
+    torch.testing.assert_close(attention(qkv, 1), F.scaled_dot_product_attention(q, k, v)[0], rtol=1e-5, atol=1e-5)
