@@ -144,7 +144,7 @@ def _launch_add_residual(
             "out_stride": out.stride(0),
         },
         {"C": channels, "SCALED": output_scale_factor != 1.0, "BLOCK_N": block_n, "BLOCK_C": block_c},
-        num_warps=4,
+        num_warps=8,
     )
     return stats
 

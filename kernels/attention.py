@@ -181,6 +181,9 @@ def tiles(head_dim: int, length: int, dtype: torch.dtype, capability: tuple[int,
         return Tiles(block_m, min(block_n, keys), min(chunk_d, padded), num_warps, 1)
     table = _HALF_TILES["wide" if capability[0] in (9, 10, 11) else "mma"]
     block_m, block_n, num_warps, num_stages = table[max(padded, min(table))]
+    if padded == 512 and (length % block_n or capability[0] == 12):
+        # The masks of a last, uneven tile, and sm_120's compiler, need the registers that a narrower tile leaves.
+        block_n //= 2
     return Tiles(block_m, min(block_n, keys), padded, num_warps, num_stages)
 
 
