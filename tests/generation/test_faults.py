@@ -156,12 +156,13 @@ def test_a_folder_that_vanishes_stops_the_job_and_is_not_made_anew(tmp_path):
     assert not out.exists()
 
 
-def test_a_power_failure_that_empties_a_record_costs_one_chunk(tmp_path):
-    make(tmp_path)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_power_failure_that_empties_a_record_costs_one_chunk(tmp_path, format):
+    make(tmp_path, format=format)
     whole = tree(tmp_path)
     (tmp_path / ".ddim-fast/chunks/000003.json").write_bytes(b"")
     pipe = FakePipeline()
-    make(tmp_path, pipe=pipe)
+    make(tmp_path, pipe=pipe, format=format)
     assert [call[0] for call in pipe.calls] == [48, 56]
     assert tree(tmp_path) == whole
     assert verify(tmp_path).ok
