@@ -13,7 +13,7 @@ import numpy as np
 
 from .formats.png import write_png
 from .job import SETTINGS_FILE, Job
-from .store import FINISHED, LocalStore, Store, finish_record, open_store, record_name, write_finish_record
+from .store import FINISHED, Store, finish_record, open_store, record_name, write_finish_record
 
 GRID_IMAGES = 64
 
@@ -83,13 +83,14 @@ def remove_job(job: Job, store: Store) -> int:
     return removed + store.remove([SETTINGS_FILE])
 
 
-def foreign_files(job: Job, store: Store) -> list[str]:
-    """Names that the job would write but that are already there, at most one; for a folder that holds no job."""
-    if not store.names("") and not _has_folders(store):
-        return []
-    names = (name for index in range(job.num_chunks) for name in job.format.files(job, job.chunk_seeds(index), index))
-    return list(islice((name for name in names if store.exists(name)), 1))
-
-
-def _has_folders(store: Store) -> bool:
-    return not isinstance(store, LocalStore) or bool(os.listdir(store.out))
+def foreign_file(job: Job, store: Store) -> str | None:
+    """A name that the job would write but that is already there, for a folder that holds no job; None without one."""
+    listed: dict[str, set[str]] = {}
+    for index in range(job.num_chunks):
+        for name in job.format.files(job, job.chunk_seeds(index), index):
+            folder, _, file = name.rpartition("/")
+            if folder not in listed:
+                listed[folder] = set(store.names(folder))
+            if file in listed[folder]:
+                return name
+    return None

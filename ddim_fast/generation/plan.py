@@ -11,7 +11,7 @@ import torch
 
 from . import formats
 from .batch_size import choose_batch_size
-from .finish import foreign_files, remove_job
+from .finish import foreign_file, remove_job
 from .job import SETTINGS_FILE, Job, check_same, fingerprint, read_job, settings_text
 from .labels import Labels
 from .seeds import Seeds
@@ -135,9 +135,9 @@ def _claim(job: Job, store: Store, there: Job | None, overwrite: bool) -> Job:
         remove_job(there, store)
         there = None
     if there is None:
-        foreign = foreign_files(job, store)
-        if foreign:
-            raise ValueError(f"{store.out} holds {foreign[0]}, which no job wrote; choose another folder")
+        foreign = foreign_file(job, store)
+        if foreign is not None:
+            raise ValueError(f"{store.out} holds {foreign}, which no job wrote; choose another folder")
         if store.create(SETTINGS_FILE, settings_text(job)):
             return job
         # Another shard was faster.

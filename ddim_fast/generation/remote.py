@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -41,6 +41,11 @@ class RemoteStore:
     def read(self, name: str) -> bytes:
         data: bytes = self.fs.cat_file(self.path(name))
         return data
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | None]:
+        paths = [self.path(name) for name in names]
+        found = self.fs.cat(paths, on_error="omit") if paths else {}
+        return [found.get(path) for path in paths]
 
     def open(self, name: str) -> Any:
         return self.fs.open(self.path(name), "rb")

@@ -34,6 +34,7 @@ class Store(Protocol):
     def held(self, index: int, count: int) -> AbstractContextManager[None]: ...
     def finishing(self) -> AbstractContextManager[None]: ...
     def read(self, name: str) -> bytes: ...
+    def read_many(self, names: Sequence[str]) -> list[bytes | None]: ...
     def open(self, name: str) -> Any: ...
     def exists(self, name: str) -> bool: ...
     def names(self, folder: str) -> list[str]: ...
@@ -105,6 +106,10 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         with open(self.path(name), "rb") as file:
             return file.read()
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """The content of each file, None for one that is not there."""
+        return [self.read(name) if self.exists(name) else None for name in names]
 
     def open(self, name: str) -> Any:
         return open(self.path(name), "rb")
@@ -222,21 +227,23 @@ def sync_file_system(path: str) -> None:
 
 def read_records(store: Store) -> dict[int, dict[str, Any]]:
     """The finished chunks: index to record."""
-    found = {}
-    for name in store.names(RECORDS):
-        index = name.removesuffix(".json")
-        record = read_record(store, int(index)) if index.isdigit() else None
-        if record is not None:
-            found[int(index)] = record
-    return found
+    names = [name for name in store.names(RECORDS) if name.removesuffix(".json").isdigit()]
+    texts = store.read_many([f"{RECORDS}/{name}" for name in names])
+    records = {int(name.removesuffix(".json")): _record(text) for name, text in zip(names, texts, strict=True)}
+    return {index: record for index, record in records.items() if record is not None}
 
 
 def read_record(store: Store, index: int) -> dict[str, Any] | None:
-    """The record of chunk `index`; None if it is not finished, or a power failure left the record empty."""
+    """The record of chunk `index`; None if it is not finished."""
+    return _record(store.read_many([record_name(index)])[0])
+
+
+def _record(text: bytes | None) -> dict[str, Any] | None:
+    # A power failure may leave a record empty: its chunk is made again.
     try:
-        record: dict[str, Any] = json.loads(store.read(record_name(index)))
+        record: dict[str, Any] = json.loads(text or b"")
         record["images"], record["sha256"], record["bad"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return None
     return record
 
