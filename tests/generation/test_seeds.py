@@ -66,16 +66,22 @@ def test_no_seeds_are_refused():
 def test_a_million_seeds_are_planned_within_a_second_and_fifty_megabytes():
     from ddim_fast.generation.job import Job
 
+    def plan():
+        seeds = parse_seeds("0-999999")
+        job = Job(seeds, None, {"batch_size": 64, "chunk_size": 256, "format": "png", "subdirs": True})
+        return sum(len(job.chunk_seeds(index)) for index in job.missing({}))
+
+    spent = []
+    for _ in range(3):
+        # This thread's processor time: what else the machine does, and tracing memory, would count as planning.
+        start = time.thread_time()
+        assert plan() == 1_000_000
+        spent.append(time.thread_time() - start)
+    assert min(spent) < 1
     tracemalloc.start()
-    start = time.process_time()
-    seeds = parse_seeds("0-999999")
-    job = Job(seeds, None, {"batch_size": 64, "chunk_size": 256, "format": "png", "subdirs": True})
-    planned = sum(len(job.chunk_seeds(index)) for index in job.missing({}))
-    spent = time.process_time() - start
+    plan()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert planned == 1_000_000
-    assert spent < 1
     assert peak < 50e6
 
 
