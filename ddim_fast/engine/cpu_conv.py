@@ -31,9 +31,9 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
     return PackedConv(weight.detach(), upsample=True)
 
 
-# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py` on a Zen 5 core (AVX-512, 32 MiB L3).
-DIRECT_COST = (4.5e-12, 2.5e-9, 3.5e-11, 5.5e-4)
-WINOGRAD_COST = (4.1e-12, 1.1e-9, 5.7e-11, 9.4e-4)
+# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 5 (AVX-512, 32 MiB L3).
+DIRECT_COST = (4.5e-12, 2.4e-9, 2.8e-11, 1.7e-4)
+WINOGRAD_COST = (4.4e-12, 1.1e-9, 2.0e-11, 5.2e-4)
 
 
 def cost_terms(
