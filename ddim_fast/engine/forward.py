@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_linear, cpu_norm
 from .convs import (
     Activation,
     UpsampleConv,
@@ -72,6 +74,19 @@ def apply_norm(
     shift: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm of x, or of x and skip read as one, with what the kernel can do on the way."""
+    if biases_fold(x.data) and x.data.dtype == torch.float32:
+        return cpu_norm.group_norm_silu(
+            x.data,
+            norm.weight,
+            norm.bias,
+            norm.groups,
+            norm.eps,
+            x2=None if skip is None else skip.data,
+            add=norm.add if add is None else add,
+            scale=scale,
+            shift=shift,
+            silu=silu,
+        )
     from ..kernels import group_norm
 
     return group_norm(
@@ -106,9 +121,8 @@ def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Ten
     convolved, add = conv_before_norm(hidden, block.conv1, time)
     hidden = apply_norm(Activation(convolved), None, block.norm2, silu=True, add=add, scale=scale, shift=shift)
     if block.leaves_bias and skip is not None and block.shortcut is not None:
-        channels = x.data.shape[-1]
-        convolved = add_product(bare(hidden, block.conv2), x.data, block.shortcut[:, :channels])
-        return Activation(add_product(convolved, skip.data, block.shortcut[:, channels:]))
+        convolved = add_product(bare(hidden, block.conv2), x.data, block.shortcut[0])
+        return Activation(add_product(convolved, skip.data, block.shortcut[1]))
     residual = shortcut_of(x.data, None if skip is None else skip.data, block.shortcut)
     if block.resample == "down":
         residual = average_pool(residual)
@@ -117,14 +131,21 @@ def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Ten
     return conv_to_residual(hidden, block.conv2, block.output_bias, residual, block.output_scale_factor)
 
 
-def shortcut_of(x: Tensor, skip: Tensor | None, weight: Tensor | None) -> Tensor:
+def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Tensor, ...] | None) -> Tensor:
     """The 1x1 shortcut without its bias; over a skip connection it is the sum of two products."""
-    if weight is None:
+    if weights is None:
         return x
+    product = linear(x, weights[0])
     if skip is None:
-        return x @ weight.T
-    channels = x.shape[-1]
-    return add_product(x @ weight[:, :channels].T, skip, weight[:, channels:])
+        return product
+    if biases_fold(x):
+        return cpu_linear.linear(skip, weights[1], residual=product)
+    return add_product(product, skip, weights[1])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; by oneDNN on the CPU."""
+    return (cpu_linear.linear if biases_fold(x) else F.linear)(x, weight, bias)
 
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -143,11 +164,15 @@ def apply_attention(x: Activation, block: Attention) -> Activation:
     from ..kernels import add_residual, attention
 
     normed = x.data if block.norm is None else apply_norm(x, None, block.norm, silu=False)
-    tokens = F.linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)
-    attended = attention(tokens, block.heads, scale=block.scale)
+    tokens = linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)
     if biases_fold(x.data):
-        out = F.linear(attended, block.out_weight, block.out_bias.to(x.data.dtype)).view_as(x.data).add_(x.data)
+        attended = cpu_linear.attention(tokens, block.heads, block.scale)
+        out = cpu_linear.linear(
+            attended, block.out_weight, block.out_bias.to(tokens.dtype), residual=x.data.flatten(1, 2)
+        )
+        out = out.view_as(x.data)
         return Activation(out if block.output_scale_factor == 1 else out.div_(block.output_scale_factor))
+    attended = attention(tokens, block.heads, scale=block.scale)
     projected = F.linear(attended, block.out_weight).view_as(x.data)
     return Activation(
         *add_residual(

@@ -41,7 +41,7 @@ class Resnet:
     conv1: Conv | UpsampleConv
     norm2: Norm
     conv2: Conv
-    shortcut: Tensor | None
+    shortcut: tuple[Tensor, ...] | None
     output_bias: Tensor
     time: slice
     scale_shift: bool
@@ -115,7 +115,7 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
     `exact` keeps the CPU's convolutions to the direct algorithm. On CUDA the convolutions of `unet` take over the
     packed channels-last storage, so that there is one copy of them.
     """
-    packer = _Packer(exact)
+    packer = _Packer(exact, unet.conv_in.out_channels)
     with torch.no_grad():
         down = tuple(packer.stage(block, "downsamplers") for block in unet.down_blocks)
         mid = None if unet.mid_block is None else packer.middle(unet.mid_block)
@@ -155,7 +155,7 @@ def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ..
         layers = []
         for index, (resnet, attention) in enumerate(stage.layers):
             if bias is not None and resnet.shortcut is not None:
-                through_shortcut = resnet.shortcut[:, : len(bias)].float() @ bias
+                through_shortcut = resnet.shortcut[0].float() @ bias
                 resnet = replace(
                     resnet,
                     norm1=replace(resnet.norm1, add=F.pad(bias, (0, len(resnet.norm1.weight) - len(bias)))),
@@ -170,13 +170,14 @@ def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ..
 
 
 class _Packer:
-    """Walks the blocks in order and gives every ResNet its columns of the time tables."""
+    """Walks the blocks in order: every ResNet gets its columns of the time tables, and knows the width before it."""
 
-    def __init__(self, exact: bool) -> None:
+    def __init__(self, exact: bool, width: int) -> None:
         self.exact = exact
         self.projections: list[nn.Linear] = []
         self.time_biases: list[Tensor] = []
         self.columns = 0
+        self.width = width
 
     def stage(self, block: Any, resamplers: str) -> Stage:
         attentions = block.attentions if block.attentions is not None else [None] * len(block.resnets)
@@ -217,8 +218,12 @@ class _Packer:
         resample = "up" if module.upsample is not None else "down" if module.downsample is not None else None
         shortcut, output_bias = None, module.conv2.bias.detach().float()
         if module.conv_shortcut is not None:
-            shortcut = module.conv_shortcut.weight.detach().flatten(1)
+            weight = module.conv_shortcut.weight.detach().flatten(1)
+            # The channels beyond those of the block before come from a skip connection.
+            halves = weight.split([self.width, weight.shape[1] - self.width], 1)
+            shortcut = tuple(half.contiguous() for half in halves if half.numel())
             output_bias = output_bias + module.conv_shortcut.bias.detach().float()
+        self.width = module.out_channels
         return Resnet(
             norm1=_norm(module.norm1),
             conv1=(pack_upsample_conv if resample == "up" else pack_conv)(module.conv1, exact=self.exact),
