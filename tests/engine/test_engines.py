@@ -51,17 +51,18 @@ def test_fifty_steps_of_the_digits_model_give_the_pictures_of_the_plain_engine(d
     assert levels.max() <= 1 and (levels > 0).mean() <= 0.005
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_half_precision_engines_draw_the_digits_of_float32(digits, dtype, bound):
-    """What rounding the weights alone does to the plain engine bounds what the fused one may do."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_costs_the_fused_engine_no_more_than_the_plain_one(digits, dtype):
     digits.engine = "plain"
     expected = digits(2, seeds=[0, 1], num_inference_steps=5, output_type="np").images
     half = DDIMPipeline(copy.deepcopy(digits.unet), digits.scheduler).to(dtype)
     half.set_progress_bar_config(disable=True)
-    for engine in ("plain", "fused"):
-        half.engine = engine
+    errors = {}
+    for half.engine in ("plain", "fused"):
         images = half(2, seeds=[0, 1], num_inference_steps=5, output_type="np").images
-        assert np.linalg.norm(images - expected) / np.linalg.norm(expected) <= bound, engine
+        errors[half.engine] = np.linalg.norm(images - expected) / np.linalg.norm(expected)
+    print(errors)
+    assert 0 < errors["fused"] <= 2 * errors["plain"]
 
 
 def test_the_fused_engine_runs_without_being_asked():
