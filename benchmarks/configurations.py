@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from model_calls import MODELS, NAMESPACE, Call, model_calls, other_attention_calls
+from model_calls import FORMS, NAMESPACE, Call, fake_cuda, model_calls, other_attention_calls
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from unets import UNETS
 
 from ddim_fast.kernels import launch
 
@@ -135,7 +135,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def configurations(
-    archs: Sequence[int], models: Iterable[str] = tuple(MODELS), batches: Iterable[int] = BATCHES
+    archs: Sequence[int], models: Sequence[str] = tuple(UNETS), batches: Sequence[int] = BATCHES
 ) -> list[Configuration]:
     """Every distinct compilation for these chips, models and batches.
 
@@ -143,29 +143,32 @@ def configurations(
     """
     found: dict[tuple[Any, ...], Configuration] = {}
     decided: set[tuple[Any, ...]] = set()
-    for precision in PRECISIONS:
-        seen = set()
-        with _tf32(precision == "tf32"), FakeTensorMode():
-            for user, call in _calls(precision, models, batches):
-                # Only attention asks which chip it runs on.
-                launches = {arch: recorded(call, arch) for arch in (archs if is_attention(call) else archs[:1])}
-                for arch in archs:
-                    for entry in launches.get(arch, launches[archs[0]]):
-                        chosen = specialise(entry, arch, precision)
-                        seen.add(chosen.choices())
-                        if chosen.choices() not in decided or chosen.name == "attention":
-                            found.setdefault(chosen.key(), chosen).users.append(user)
-        decided |= seen
+    with fake_cuda():
+        calls = {name: list(_calls(getattr(torch, name), models, batches)) for name in ("float16", "float32")}
+        calls["bfloat16"] = [(user, call.in_dtype(torch.bfloat16)) for user, call in calls["float16"]]
+        # TF32 changes attention alone.
+        calls["tf32"] = [(user, call) for user, call in calls["float32"] if is_attention(call)]
+        for precision in PRECISIONS:
+            seen = set()
+            with _tf32(precision == "tf32"):
+                for user, call in calls[precision]:
+                    # Only attention asks which chip it runs on.
+                    launches = {arch: recorded(call, arch) for arch in (archs if is_attention(call) else archs[:1])}
+                    for arch in archs:
+                        for entry in launches.get(arch, launches[archs[0]]):
+                            chosen = specialise(entry, arch, precision)
+                            seen.add(chosen.choices())
+                            if chosen.choices() not in decided or chosen.name == "attention":
+                                found.setdefault(chosen.key(), chosen).users.append(user)
+            decided |= seen
     return list(found.values())
 
 
-def _calls(precision: str, models: Iterable[str], batches: Iterable[int]) -> Iterator[tuple[str, Call]]:
-    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+def _calls(dtype: torch.dtype, models: Sequence[str], batches: Sequence[int]) -> Iterator[tuple[str, Call]]:
     for model in models:
-        for batch in batches:
-            for call in model_calls(MODELS[model], batch, dtype):
-                # TF32 changes attention alone.
-                if precision != "tf32" or is_attention(call):
-                    yield f"{model} B={batch}", call
+        for batch, call in model_calls(model, batches, dtype):
+            yield f"{model} B={batch}", call
+    for _, call in model_calls(FORMS, batches[:1], dtype):
+        yield FORMS, call
     for call in other_attention_calls(dtype):
         yield "others", call

@@ -1,42 +1,50 @@
-"""The operator calls of one fused denoising step, with the shapes of three models, on fake CUDA tensors.
+"""The operator calls of one denoising step, with the shapes of three models, on fake CUDA tensors.
 
-Needs no device and no weights: `model_calls` walks through a UNet's blocks in the engine's order and keeps
-each distinct call of an operator of `torch.ops.ddim_fast`.
+Needs no device and no memory: the engine itself runs, `fused_forward` and `run_step` as its loop and its graph run
+them, and each distinct call of an operator of `torch.ops.ddim_fast` is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from unets import UNETS
 
-from ddim_fast.kernels import add_residual, attention, ddim_step, group_norm, interleave, philox_normal, to_uint8
+from ddim_fast import DDIMScheduler, UNet2DModel
+from ddim_fast.engine.loop import (
+    Run,
+    State,
+    Update,
+    initial_state,
+    make_run,
+    make_update,
+    predict_fused,
+    run_step,
+    time_rows,
+)
+from ddim_fast.engine.pack import pack
+from ddim_fast.kernels import attention, philox_normal, to_uint8
 
 NAMESPACE = "ddim_fast"
-STEPS = 64
-
-
-@dataclass(frozen=True)
-class Model:
-    """The part of a UNet2DModel's config that decides which kernels run, and how; one attention head everywhere."""
-
-    sample_size: int
-    channels: int
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    attention_size: int
-    norm_num_groups: int = 32
-
-
-MODELS = {
-    "digits": Model(32, 1, (32, 64, 128), 1, 8, norm_num_groups=8),
-    "cifar10": Model(32, 3, (128, 256, 256, 256), 2, 16),
-    "lsun": Model(256, 3, (128, 128, 256, 256, 512, 512), 2, 16),
+STEPS = 50
+# A row whose address 16 bytes divide, as they do all of the tables' rows.
+STEP = 1
+FORMS = "digits, other forms"
+# What the engine knows beyond the three models: scale and shift after the norm, labels, ResNet blocks that resample.
+OTHER_FORMS = {
+    **UNETS["digits"],
+    "resnet_time_scale_shift": "scale_shift",
+    "num_class_embeds": 10,
+    "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D"),
 }
-
-
 # (length, heads, head_dim): the 8 channels a head of many training scripts, and lengths and widths that fill no tile.
 OTHER_ATTENTION = [
     (256, 64, 8),
@@ -61,6 +69,14 @@ class Call:
         """What two calls must share to choose the same kernels."""
         return (self.operator.name(), *map(_metadata, self.args), *sorted(_named(self.kwargs)))
 
+    def in_dtype(self, dtype: torch.dtype) -> Call:
+        """The same call with `dtype` in the place of float16, which has its size."""
+
+        def converted(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.view(dtype) if tensor.dtype == torch.float16 else tensor
+
+        return replace(self, args=tree_map_only(torch.Tensor, converted, self.args))
+
 
 def _metadata(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
@@ -73,7 +89,7 @@ def _named(kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 class CollectCalls(TorchDispatchMode):
-    """Keeps the distinct calls of this package's operators that pass."""
+    """Keeps the distinct calls of this package's operators that pass; what the host computes is computed for real."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,124 +97,81 @@ class CollectCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         if func.namespace == NAMESPACE:
             call = Call(func, args, kwargs)
             self.calls.setdefault(call.key(), call)
         return func(*args, **kwargs)
 
 
-class Walk:
-    """One UNet evaluation, reduced to what runs in this package's kernels: convolutions only give shapes."""
-
-    def __init__(self, model: Model, batch: int, dtype: torch.dtype) -> None:
-        self.model, self.batch, self.dtype = model, batch, dtype
-        # A row of the time tables: every block reads a slice of it. Its width only has to be a multiple of 16.
-        self.row = torch.empty(STEPS, 1024, device="cuda")[1]
-
-    def empty(self, size: int, channels: int) -> torch.Tensor:
-        return torch.empty(self.batch, size, size, channels, dtype=self.dtype, device="cuda")
-
-    def vector(self, channels: int) -> torch.Tensor:
-        return torch.empty(channels, device="cuda")
-
-    def norm(self, x, skip=None, *, silu=True, add=None):
-        """GroupNorm of (data, stats), and of a skip connection beside it."""
-        channels = x[0].shape[-1] + (0 if skip is None else skip[0].shape[-1])
-        return group_norm(
-            x[0],
-            self.vector(channels),
-            self.vector(channels),
-            self.model.norm_num_groups,
-            1e-5,
-            x2=None if skip is None else skip[0],
-            silu=silu,
-            add=add,
-            stats=x[1],
-            stats2=None if skip is None else skip[1],
-        )
-
-    def conv(self, x: torch.Tensor, size: int, channels: int, residual: torch.Tensor | None = None):
-        """A convolution's output, its bias (and residual) added: (data, stats)."""
-        out = self.empty(size, channels)
-        stats = add_residual(out, residual, self.vector(channels), want_stats=True, out=out)[1]
-        return out, stats
-
-    def resnet(self, x, channels: int, skip=None):
-        size = x[0].shape[1]
-        self.norm(x, skip)
-        hidden = self.empty(size, channels)
-        self.norm((hidden, None), add=self.row[:channels])
-        residual = x[0] if skip is None and x[0].shape[-1] == channels else self.empty(size, channels)
-        return self.conv(hidden, size, channels, residual)
-
-    def attend(self, x):
-        """Self-attention with its norm, projections and residual."""
-        batch, size, _, channels = x[0].shape
-        self.norm(x, silu=False)
-        attention(torch.empty(batch, size * size, 3 * channels, dtype=self.dtype, device="cuda"), 1)
-        return self.conv(x[0], size, channels, x[0])
-
-    def layer(self, x, channels: int, skip=None):
-        x = self.resnet(x, channels, skip)
-        return self.attend(x) if x[0].shape[1] == self.model.attention_size else x
-
-    def unet(self) -> torch.Tensor:
-        """Down, middle and up, as UNet2DModel orders them; returns the last convolution's output."""
-        model = self.model
-        size, widths = model.sample_size, model.block_out_channels
-        x = self.conv(self.empty(size, model.channels), size, widths[0])
-        skips = [x]
-        for level, channels in enumerate(widths):
-            for _ in range(model.layers_per_block):
-                x = self.layer(x, channels)
-                skips.append(x)
-            if level < len(widths) - 1:
-                size //= 2
-                x = self.conv(x[0], size, channels)
-                skips.append(x)
-        x = self.resnet(self.attend(self.resnet(x, widths[-1])), widths[-1])
-        for level, channels in enumerate(reversed(widths)):
-            for _ in range(model.layers_per_block + 1):
-                x = self.layer(x, channels, skips.pop())
-            if level < len(widths) - 1:
-                phases = torch.empty(self.batch, size + 1, size + 1, 4 * channels, dtype=self.dtype, device="cuda")
-                size *= 2
-                x = interleave(phases, self.vector(channels), want_stats=True)
-        self.norm(x)
-        return self.empty(size, model.channels).permute(0, 3, 1, 2)
-
-    def update(self, output: torch.Tensor) -> None:
-        """The DDIM update in its common forms, the noise and the final images."""
-        sample = torch.empty_like(output, dtype=torch.float32)
-        low = sample if self.dtype == torch.float32 else torch.empty_like(output)
-        table = torch.empty(STEPS, 8, device="cuda")
-        seeds = torch.empty(self.batch, dtype=torch.int64, device="cuda")
-        philox_normal(seeds, 0, sample.shape)
-        for noise in ({}, {"seeds": seeds}, {"noise": torch.empty_like(sample)}):
-            ddim_step(
-                sample,
-                output,
-                table,
-                1,
-                prediction_type="epsilon",
-                clip_range=1.0,
-                out=sample,
-                out_low=None if low is sample else low,
-                model_bias=self.vector(self.model.channels),
-                **noise,
-            )
-        to_uint8(sample)
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Tensors on "cuda" are fake within this block. Collect calls in it, and use them in the same one."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
-def model_calls(model: Model, batch: int, dtype: torch.dtype) -> list[Call]:
-    """Each distinct operator call of a step of `model`, its starting noise and its final images.
+def model_calls(name: str, batches: Iterable[int], dtype: torch.dtype) -> Iterator[tuple[int, Call]]:
+    """(batch, call) of each distinct call of a step of a model in `UNETS`, its starting noise and its images.
 
-    Call it under `FakeTensorMode`, and use what it returns under the same one.
+    `dtype` is float32 or float16: whether cuDNN takes bfloat16 PyTorch would ask a driver; see `Call.in_dtype`.
     """
-    with CollectCalls() as collected:
-        walk = Walk(model, batch, dtype)
-        walk.update(walk.unet())
-    return list(collected.calls.values())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a fake module cannot be converted
+    try:
+        with torch.device("cuda"):
+            unet = UNet2DModel(**(OTHER_FORMS if name == FORMS else UNETS[name])).eval()
+    finally:
+        torch.set_default_dtype(before)
+    packed = pack(unet)
+    for batch in batches:
+        with CollectCalls() as collected:
+            collect_step(unet, packed, batch, updates=OTHER_UPDATES if name == FORMS else {})
+        for call in collected.calls.values():
+            yield batch, call
+
+
+def model_update(**changes: Any) -> Update:
+    """The update of a scheduler as the models have it, with changes."""
+    return replace(make_update(DDIMScheduler(), False), **changes)
+
+
+OTHER_UPDATES = {
+    "v_prediction": model_update(prediction_type="v_prediction"),
+    "sample": model_update(prediction_type="sample", clip_range=None),
+    "thresholding": model_update(clip_range=None, thresholding=(0.995, 1.5)),
+    "clipped model output": model_update(use_clipped_model_output=True),
+}
+
+
+def collect_step(unet: UNet2DModel, packed: Any, batch: int, updates: dict[str, Update]) -> None:
+    """A whole call with one step: as the graph holds it, and with noise from a generator and without any."""
+    config = unet.config
+    seeds = torch.zeros(batch, dtype=torch.long, device="cuda")
+    latents = philox_normal(seeds, 0, (batch, config.in_channels, config.sample_size, config.sample_size))
+    run = started(unet, packed, latents, seeds if config.num_class_embeds else None)
+    state = replace(initial_state(run), rows=time_rows(run, range(STEPS)), seeds=seeds)
+    predicted = predict_fused(packed)(state, STEP)
+    noise = torch.empty(STEPS, *latents.shape, dtype=unet.dtype, device="cuda")
+    for drawn in ({}, {"seeds": None}, {"seeds": None, "noise": noise}):
+        update_once(replace(state, **drawn), predicted, run.update)
+    for update in updates.values():
+        update_once(state, predicted, update)
+    to_uint8(state.sample)
+
+
+def started(unet: UNet2DModel, packed: Any, latents: torch.Tensor, labels: torch.Tensor | None) -> Run:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    options = {"eta": 0.0, "use_clipped_model_output": False, "generator": None, "seeds": None}
+    return make_run(unet, packed, scheduler, latents, class_labels=labels, **options)
+
+
+def update_once(state: State, predicted: tuple[torch.Tensor, torch.Tensor | None], update: Update) -> None:
+    run_step(state, lambda state, index: predicted, update, STEP)
 
 
 def other_attention_calls(dtype: torch.dtype) -> list[Call]:

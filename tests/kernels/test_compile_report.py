@@ -87,11 +87,46 @@ assert ours[2] == {path: value for path, value in attributes.items() if value}, 
 """
 
 
-def test_kernels_are_specialised_as_a_launch_would(tmp_path):
-    # Triton reads a kernel's source from its file.
-    script = tmp_path / "specialised.py"
-    script.write_text(f"import sys\n\nsys.path.insert(0, {str(BENCHMARKS)!r})\n" + SPECIALISED_AS_TRITON_DOES)
-    done = run(str(script))
+NOT_SPECIALISED = """
+import torch
+from configurations import Call, fake_cuda, recorded, specialise
+
+varying = ("rows", "rows_per_program", "chunks", "chunks2")
+found = set()
+with fake_cuda():
+    for chunks, rows in ((1, 1), (16, 16), (3, 7)):
+        x = torch.empty(2, rows, 64, dtype=torch.float16, device="cuda")
+        stats = torch.empty(2, chunks, 2, 64, device="cuda")
+        options = (None, True, None, None, None, stats, None)
+        call = Call(torch.ops.ddim_fast.group_norm.default, (x, x[0, 0], x[0, 0], 4, 1e-5, *options), {})
+        (entry,) = recorded(call, 90)
+        chosen = specialise(entry, 90)
+        found.add((*(chosen.signature[name] for name in varying), *sorted({*varying} & {*chosen.divisible})))
+assert found == {("i32",) * 4}, found
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs a text in the benchmarks folder; from a file, for Triton reads a kernel's source from its."""
+
+    def run_text(text):
+        script = tmp_path / "script.py"
+        script.write_text(f"import sys\n\nsys.path.insert(0, {str(BENCHMARKS)!r})\n" + text)
+        return run(str(script))
+
+    return run_text
+
+
+def test_kernels_are_specialised_as_a_launch_would(run_script):
+    done = run_script(SPECIALISED_AS_TRITON_DOES)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_and_chunks_compile_nothing_anew(run_script):
+    """They bound loops and masks only, so no kernel is specialised on their value."""
+    done = run_script(NOT_SPECIALISED)
 
     assert done.returncode == 0, done.stderr
 
@@ -191,19 +226,88 @@ def test_occupancy_follows_from_registers_shared_memory_and_warps(
     assert chips.resident_blocks(chips.CHIPS[arch], registers, shared, num_warps, tensor_memory) == blocks
 
 
-def test_the_walk_calls_every_operator_with_the_models_shapes():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@pytest.fixture(scope="module")
+def steps():
+    """By model: the arguments of each distinct call of a step at batch 16, as (operator, {name: argument})."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        model_calls = importlib.import_module("model_calls")
+    found = {}
+    with model_calls.fake_cuda():
+        for name in ("digits", "cifar10", "lsun", model_calls.FORMS):
+            found[name] = []
+            for _, call in model_calls.model_calls(name, [16], torch.float16):
+                schema = call.operator._schema
+                names = [argument.name for argument in schema.arguments]
+                arguments = dict(zip(names, call.args, strict=False)) | call.kwargs
+                found[name].append((schema.name.split("::")[1], arguments))
+    return found
 
-    model_calls = importlib.import_module("model_calls")
-    with FakeTensorMode():
-        calls = model_calls.model_calls(model_calls.MODELS["cifar10"], 16, torch.float16)
 
-    names = {call.operator._schema.name.split("::")[1] for call in calls}
-    assert names >= {"attention", "group_norm", "add_residual_out", "interleave", "philox_normal", "to_uint8"}
-    shapes = {tuple(call.args[0].shape) for call in calls if "attention" in call.operator.name()}
-    assert shapes == {(16, 256, 768), (16, 16, 768)}
-    norms = {tuple(call.args[0].shape) for call in calls if "group_norm" in call.operator.name()}
+@pytest.mark.parametrize("model", ["digits", "cifar10", "lsun"])
+def test_a_models_step_calls_every_operator(steps, model):
+    assert {operator for operator, _ in steps[model]} == {
+        "add_residual_out",
+        "attention",
+        "ddim_step_out",
+        "group_norm",
+        "interleave",
+        "philox_normal",
+        "to_uint8",
+    }
+
+
+def test_the_steps_calls_have_the_models_shapes(steps):
+    shapes = {(operator, tuple(call[next(iter(call))].shape)) for operator, call in steps["cifar10"] if call}
+    assert {("attention", (16, 256, 768)), ("attention", (16, 16, 768))} <= shapes
+    norms = {shape for operator, shape in shapes if operator == "group_norm"}
     assert {(16, 32, 32, 128), (16, 16, 16, 256), (16, 8, 8, 256), (16, 4, 4, 256)} <= norms
+
+
+# Which of the optional arguments of `group_norm` the engine gives together.
+NORMS = {
+    "lsun": [
+        {"add"},
+        {"stats"},
+        {"x2", "stats", "stats2"},
+        {"x2", "add", "stats2"},
+    ],
+    "digits, other forms": [{"add", "scale", "shift"}],
+}
+
+
+@pytest.mark.parametrize(("model", "given"), [(model, given) for model in NORMS for given in NORMS[model]])
+def test_the_step_holds_the_engines_own_forms_of_group_norm(steps, model, given):
+    options = ("x2", "add", "scale", "shift", "stats", "stats2")
+
+    def has(value):
+        return value is not None and value.numel() > 0
+
+    forms = [
+        {name for name in options if has(call[name])} for operator, call in steps[model] if operator == "group_norm"
+    ]
+    assert given in forms
+
+
+def test_the_updates_are_compiled_with_noise_of_every_kind_and_every_prediction(steps):
+    def calls(model):
+        return [call for operator, call in steps[model] if operator == "ddim_step_out"]
+
+    kinds = {(call["seeds"] is not None, call["noise"] is not None) for call in calls("lsun")}
+    assert kinds == {(True, False), (False, True), (False, False)}
+    others = calls("digits, other forms")
+    assert {call["prediction_type"] for call in others} == {"epsilon", "sample", "v_prediction"}
+    assert any(call["threshold"] is not None for call in others)
+    assert any(call["use_clipped_model_output"] for call in others)
+
+
+def test_bfloat16_calls_are_float16_calls_in_another_dtype():
+    model_calls = importlib.import_module("model_calls")
+    with model_calls.fake_cuda():
+        (half,) = model_calls.other_attention_calls(torch.float16)[:1]
+        brain = half.in_dtype(torch.bfloat16)
+        assert brain.args[0].dtype == torch.bfloat16
+        assert brain.args[0].stride() == half.args[0].stride() and brain.args[1:] == half.args[1:]
 
 
 def test_quick_keeps_every_kernel_and_flag_and_the_largest_tile():
