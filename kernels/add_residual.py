@@ -53,7 +53,7 @@ def add_residual_reference(
     return total.to(x.dtype) if out is None else out.copy_(total) if out is not total else out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _add_residual_kernel(
     x,
     residual,

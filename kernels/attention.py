@@ -46,7 +46,7 @@ def attention_reference(qkv: torch.Tensor, heads: int, scale: float | None = Non
     return out.transpose(1, 2).reshape(batch, length, width // 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "batch_units"])
 def _attention_kernel(
     qkv,
     out,

@@ -92,7 +92,7 @@ def _offset(pixel, channel, pixels, CHANNELS: tl.constexpr, NHWC: tl.constexpr):
         return channel * pixels + pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _ddim_step_kernel(
     sample,
     model_output,

@@ -153,7 +153,7 @@ def _silu(y):
     return y / (1.0 + tl.exp(-y))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _single_kernel(
     x,
     x2,
@@ -212,7 +212,7 @@ def _single_kernel(
     tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "chunks", "chunks2"])
 def _apply_kernel(
     x,
     x2,

@@ -40,7 +40,7 @@ def interleave_reference(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Te
     return out.view(batch, 2 * height, 2 * width, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "chunks"])
 def _interleave_kernel(
     x,
     bias,

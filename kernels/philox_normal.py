@@ -132,7 +132,7 @@ def normal_at(seed, element, step, PURPOSE: tl.constexpr):
     return tl.where(lane % 2 == 0, cos, sin)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "tiles"])
 def _philox_kernel(
     seeds, out, step, elements, tiles, PURPOSE: tl.constexpr, INTEGERS: tl.constexpr, BLOCK: tl.constexpr
 ):

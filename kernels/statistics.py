@@ -109,7 +109,7 @@ def load_statistics(stats, base, chunk_stride, moment_stride, channel, inside, r
     return mean, m2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _statistics_kernel(
     x,
     x2,

@@ -19,6 +19,7 @@ MIN_BLOCK_CHANNELS = 16
 SINGLE_ELEMENTS = 32768
 APPLY_ELEMENTS = 4096
 ROW_ELEMENTS = 2048
+PARTIAL_ELEMENTS = 1024
 
 
 class Tile(NamedTuple):
@@ -53,8 +54,9 @@ def row_tile(batch: int, rows: int, channels: int, chunks: int, multiprocessors:
 
 
 def chunk_tile(chunks: int, block_c: int) -> int:
-    """BLOCK_K: how many chunks' partials of BLOCK_C channels are read at once."""
-    return min(triton.next_power_of_2(chunks), max(1, ROW_ELEMENTS // block_c))
+    """BLOCK_K: how many chunks' partials of BLOCK_C channels are read at once; three sizes, for fewer compilations."""
+    most = min(MAX_CHUNKS, max(1, PARTIAL_ELEMENTS // block_c))
+    return next((size for size in (1, 4) if chunks <= size <= most), most)
 
 
 def _groups_at_least(num_groups: int, channels: int, channels_per_group: int) -> int:

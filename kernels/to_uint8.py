@@ -39,7 +39,7 @@ def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "tiles"])
 def _to_uint8_kernel(
     sample,
     images,
