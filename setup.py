@@ -1,6 +1,7 @@
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 peers = ["diffusers>=0.30", "accelerate"]
 webdataset = ["webdataset"]
@@ -11,6 +12,16 @@ test = [
     *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"),
     *(*peers, *webdataset, *parquet, *plots, *ray, "datasets"),
 ]
+
+# Without a C compiler the installation goes on, and PyTorch's operators take the place of these kernels.
+cpu_kernels = Extension(
+    "ddim_fast.engine._cpu_kernels",
+    ["ddim_fast/engine/cpu_kernels.c"],
+    depends=["ddim_fast/engine/cpu_kernels.c"],
+    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-Wno-psabi"],
+    libraries=[] if sys.platform == "win32" else ["m"],
+    optional=True,
+)
 
 setup(
     name="ddim_fast",
@@ -24,6 +35,7 @@ setup(
     # A top-level module called `kernels` would hide the Hugging Face package of that name.
     package_dir={"ddim_fast.kernels": "kernels"},
     package_data={"ddim_fast": ["py.typed", "bundled/*/*", "bundled/*/*/*"]},
+    ext_modules=[cpu_kernels],
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

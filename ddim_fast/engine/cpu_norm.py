@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .winograd import workspace
 
 SAMPLES = 32
@@ -41,6 +42,9 @@ def group_norm_silu(
     """
     batch, height, width, _ = x.shape
     channels = len(weight)
+    if native.usable(x, weight, bias, x2, add, scale, shift):
+        work = workspace.take("norm", native.work_size(batch, height * width, channels))
+        return native.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work)
     parts = [x] if x2 is None else [x, x2]
     stride = max(height * width // SAMPLES, 1)
     samples = [h.flatten(1, 2)[:, ::stride] for h in parts]

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import native
+
 TILE = 4
 DEFAULT_CACHE = 8 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
@@ -257,6 +259,8 @@ def winograd_conv3x3(
     out_channels, count = weight.weight.shape[0], weight.taps
     if out is None:
         out = x.new_empty(batch, height * grow, width * grow, out_channels)
+    if native.usable(x, bias, residual, out):
+        return _native(x, weight, bias, residual, output_scale_factor, out, tiles)
     if height % step or width % step:
         whole = torch.nn.functional.pad(x, (0, 0, 0, -width % step, 0, -height % step))
         result = winograd_conv3x3(whole, weight, bias=bias, tiles=tiles)[:, : out.shape[1], : out.shape[2]]
@@ -291,6 +295,36 @@ def winograd_conv3x3(
         _from_taps(half.unbind(3), result.unflatten(1, (high, TILE)).unbind(2), *scratch)
         before = None if residual is None else residual[b0:b1, r0 * TILE : r1 * TILE]
         _finish(result, before, output_scale_factor, place)
+    return out
+
+
+def _native(
+    x: Tensor,
+    weight: WinogradWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_scale_factor: float,
+    out: Tensor,
+    tiles: int | None,
+) -> Tensor:
+    """`winograd_conv3x3` with each transform in one pass; tiles may reach beyond the edges."""
+    batch, height, width, channels = x.shape
+    step = TILE // 2 if weight.upsample else TILE
+    rows, columns, count = -(-height // step), -(-width // step), weight.taps
+    for b0, b1, r0, r1 in _blocks(batch, rows, columns, tiles or block_tiles(channels, out.shape[-1])):
+        data = workspace.take("data", (b1 - b0) * (r1 - r0), columns, count, count, channels)
+        native.to_taps(x[b0:b1], r0, r1 - r0, data, weight.upsample)
+        product = _products(data.view(-1, count * count * channels), weight, None)
+        native.from_taps(
+            product.view(*data.shape[:4], -1),
+            r0,
+            r1 - r0,
+            out[b0:b1],
+            weight.upsample,
+            bias[b0:b1] if bias is not None and bias.ndim == 2 and len(bias) > 1 else bias,
+            None if residual is None else residual[b0:b1],
+            output_scale_factor,
+        )
     return out
 
 

@@ -1,11 +1,22 @@
 """The CPU's GroupNorm + SiLU is GroupNorm and SiLU, of one input or of two, at any mean."""
 
+import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ddim_fast.engine import native
 from ddim_fast.engine.cpu_norm import group_norm_silu
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def passes(request, monkeypatch):
+    """In C, and as PyTorch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("the C kernels are not built")
 
 
 def reference(h, weight, bias, groups, eps, scale=None, shift=None, silu=True):
@@ -27,7 +38,7 @@ def reference(h, weight, bias, groups, eps, scale=None, shift=None, silu=True):
     scaled=st.booleans(),
     silu=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_is_group_norm_of_the_concatenation(batch, height, width, groups, second, added, scaled, silu):
     torch.manual_seed(0)
     channels = groups * 6

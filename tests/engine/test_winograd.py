@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddim_fast.engine import winograd
+from ddim_fast.engine import native, winograd
 from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv, upsample_conv
 from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
 
@@ -32,6 +32,15 @@ def product_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         pytest.skip("this PyTorch has no oneDNN")
 
 
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transforms in C, and as PyTorch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("the C kernels are not built")
+
+
 shapes = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
@@ -47,7 +56,7 @@ shapes = st.fixed_dictionaries(
 
 
 @given(shapes, st.sampled_from(["none", "channel", "image"]), st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_winograd_is_the_convolution_with_what_is_folded_into_it(shape, bias_kind, with_residual, into_residual):
     generator = torch.Generator().manual_seed(shape["seed"])
 

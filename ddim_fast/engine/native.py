@@ -1,0 +1,205 @@
+"""The C kernels of `cpu_kernels.c`, if the installation could build them: Winograd's transforms, GroupNorm + SiLU.
+
+They are built when the package is installed, where there is a C compiler. Without them the same passes run as PyTorch
+operators (`winograd.py`, `cpu_norm.py`), within rounding of these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..once import log_once
+
+logger = logging.getLogger(__name__)
+
+MODULE = "ddim_fast.engine._cpu_kernels"
+# Pixels a part of an image's statistics, PART in the C file.
+PART = 256
+
+
+class _Transform(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
+        *((name, ctypes.c_int64) for name in ("first_row", "rows", "columns", "height", "width", "channels")),
+        ("divisor", ctypes.c_float),
+        ("upsample", ctypes.c_int32),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "x2", "weight", "bias", "add", "scale", "shift", "out", "work")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "x2_stride", "add_stride", "scale_stride", "shift_stride")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups")),
+        ("eps", ctypes.c_float),
+        ("silu", ctypes.c_int32),
+    ]
+
+
+@cache
+def library() -> Any:
+    """The loaded kernels; None where the installation has none."""
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        log_once(
+            logger,
+            logging.INFO,
+            "the C kernels of the CPU engine are not built, so PyTorch's operators take their place, at half their "
+            "speed; install a C compiler and then ddim_fast again",
+        )
+        return None
+    loaded = ctypes.CDLL(spec.origin)
+    # PyTorch's own OpenMP team runs them: a second one would fight it for the cores.
+    team = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        loaded.parallel = ctypes.cast(ctypes.CDLL(str(team)).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        loaded.parallel = ctypes.c_void_p()
+    return loaded
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these: float32 on the CPU, not traced, and the kernels are there."""
+    return (
+        all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """(C,) or (B, C) with adjacent channels, and the floats from an image's to the next image's."""
+    if tensor is None or tensor.ndim == 1:
+        return None if tensor is None else tensor.contiguous(), 0
+    if tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    return tensor, tensor.stride(0) if len(tensor) > 1 else 0
+
+
+def to_taps(x: Tensor, first_row: int, rows: int, out: Tensor, upsample: bool) -> None:
+    """Winograd's input transform of tile rows `first_row` to `first_row + rows` of every image.
+
+    Args:
+        x: float32 (B, H, W, C), each image dense; pixels outside count as zero.
+        out: (B * rows, columns, a, a, C), dense, the width's tap before the height's: a is 6, or 5 with `upsample`.
+    """
+    _, height, width, channels = x.shape
+    block = _Transform(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        x_stride=x.stride(0),
+        first_row=first_row,
+        rows=rows,
+        columns=out.shape[1],
+        height=height,
+        width=width,
+        channels=channels,
+        upsample=upsample,
+    )
+    loaded = library()
+    loaded.ddim_fast_to_taps(ctypes.byref(block), ctypes.c_int64(len(x)), loaded.parallel, torch.get_num_threads())
+
+
+def from_taps(
+    product: Tensor,
+    first_row: int,
+    rows: int,
+    out: Tensor,
+    upsample: bool,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    divisor: float,
+) -> None:
+    """Winograd's output transform: (pixels + bias + residual) / divisor into the tile rows that `to_taps` read.
+
+    Args:
+        product: float32 (B * rows, columns, a, a, C), dense.
+        out: (B, H, W, C), each image dense; what tiles have beyond its edges is dropped.
+        bias: (C,) or (B, C).
+        residual: like `out`, and it may be `out`.
+    """
+    _, height, width, channels = out.shape
+    bias, bias_stride = _vector(bias)
+    block = _Transform(
+        x=product.data_ptr(),
+        bias=_address(bias),
+        residual=_address(residual),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        bias_stride=bias_stride,
+        first_row=first_row,
+        rows=rows,
+        columns=product.shape[1],
+        height=height,
+        width=width,
+        channels=channels,
+        divisor=divisor,
+        upsample=upsample,
+    )
+    loaded = library()
+    loaded.ddim_fast_from_taps(ctypes.byref(block), ctypes.c_int64(len(out)), loaded.parallel, torch.get_num_threads())
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    x2: Tensor | None,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    work: Tensor,
+) -> Tensor:
+    """`cpu_norm.group_norm_silu`; `work` is scratch of `work_size` floats."""
+    batch, height, width, channels = x.shape
+    channels2 = 0 if x2 is None else x2.shape[-1]
+    out = x.new_empty(batch, height, width, channels + channels2)
+    (add, add_stride), (scale, scale_stride), (shift, shift_stride) = _vector(add), _vector(scale), _vector(shift)
+    norm = _Norm(
+        x=x.data_ptr(),
+        x2=_address(x2),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        add=_address(add),
+        scale=_address(scale),
+        shift=_address(shift),
+        out=out.data_ptr(),
+        work=work.data_ptr(),
+        x_stride=x.stride(0),
+        x2_stride=0 if x2 is None else x2.stride(0),
+        add_stride=add_stride,
+        scale_stride=scale_stride,
+        shift_stride=shift_stride,
+        images=batch,
+        pixels=height * width,
+        channels=channels,
+        channels2=channels2,
+        groups=num_groups,
+        eps=eps,
+        silu=silu,
+    )
+    loaded = library()
+    loaded.ddim_fast_group_norm(ctypes.byref(norm), loaded.parallel, torch.get_num_threads())
+    return out
+
+
+def work_size(batch: int, pixels: int, channels: int) -> int:
+    """Floats that `group_norm` needs beside its input and output."""
+    return batch * channels * (2 * -(-pixels // PART) + 1)

@@ -1,0 +1,122 @@
+"""The C kernels of the CPU engine: built where they can be, and the same on every processor and number of threads."""
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+
+from ddim_fast.engine import native
+from ddim_fast.engine.cpu_norm import group_norm_silu
+from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C kernels are not built")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+def test_an_installation_with_a_compiler_has_them():
+    assert native.library() is not None
+
+
+@pytest.fixture
+def widest():
+    """Limits the instruction set: 2 AVX-512, 1 AVX2, 0 what every processor has."""
+    loaded = native.library()
+    variable = ctypes.c_int.in_dll(loaded, "ddim_fast_widest")
+
+    def limit(level):
+        variable.value = level
+
+    yield limit
+    limit(2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("channels", [1, 16, 40])
+def test_every_instruction_set_gives_the_same_convolution(widest, upsample, channels):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 6, channels), WinogradWeight(torch.randn(24, channels, 3, 3), upsample)
+    outputs = []
+    for level in (2, 1, 0):
+        widest(level)
+        outputs.append(winograd_conv3x3(x, weight, bias=torch.ones(2, 24)))
+
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-5, atol=1e-4)
+
+
+@needs_kernels
+def test_every_instruction_set_gives_the_same_norm(widest):
+    torch.manual_seed(0)
+    x, x2 = 3 * torch.randn(2, 9, 40, 24), torch.randn(2, 9, 40, 16) - 5
+    outputs = []
+    for level in (2, 1, 0):
+        widest(level)
+        outputs.append(group_norm_silu(x, torch.randn(40).abs() * 0 + 2, torch.ones(40), 4, 1e-5, x2=x2))
+
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(outputs[2], outputs[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads_do_not_change_a_bit(batch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, 20, 20, 32), torch.randn(32)
+    before = torch.get_num_threads()
+    outputs, taps = [], []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs.append(group_norm_silu(x, weight, weight, 8, 1e-5))
+            out = torch.empty(5 * batch, 5, 6, 6, 32)
+            native.to_taps(x, 0, 5, out, False)
+            taps.append(out)
+    finally:
+        torch.set_num_threads(before)
+
+    for different in (1, 2):
+        assert torch.equal(outputs[different], outputs[0])
+        assert torch.equal(taps[different], taps[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [0.0, -0.0, 88.0, -88.0, 120.0, -120.0, 1e-30, 20.0, -20.0])
+def test_silu_holds_over_the_whole_range(value):
+    # A group of two values ±1 around the mean: the bias then chooses what SiLU sees.
+    x = torch.tensor([-1.0, 1.0]).repeat(8).view(1, 4, 4, 1)
+    bias = torch.tensor([value])
+    actual = group_norm_silu(x, torch.ones(1), bias, 1, 0.0)
+
+    expected = torch.nn.functional.silu(x.double() + bias.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+@needs_kernels
+def test_nan_and_infinity_reach_the_image_they_are_in_and_no_other():
+    x = torch.randn(3, 8, 8, 16)
+    x[1, 2, 3, 4] = float("nan")
+    y = group_norm_silu(x, torch.ones(16), torch.zeros(16), 4, 1e-5)
+
+    assert torch.isfinite(y[0]).all() and torch.isfinite(y[2]).all()
+    assert torch.isnan(y[1, ..., 4:8]).all() and torch.isfinite(y[1, ..., :4]).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("upsample", [False, True])
+def test_nothing_is_written_or_read_outside(upsample):
+    """Memory around the input is NaN and that around the output is watched."""
+    channels, out_channels, pad = 20, 12, 64
+    height, width = 7, 5
+    grow = 2 if upsample else 1
+    inside = torch.full((2 * pad + 2 * height * width * channels,), float("nan"))
+    x = inside[pad:-pad].view(2, height, width, channels).normal_()
+    outside = torch.full((2 * pad + 2 * height * width * grow * grow * out_channels,), 7.0)
+    out = outside[pad:-pad].view(2, height * grow, width * grow, out_channels)
+    weight = WinogradWeight(torch.randn(out_channels, channels, 3, 3), upsample)
+
+    winograd_conv3x3(x, weight, out=out)
+    assert torch.isfinite(out).all() and not (out == 7.0).any()
+    assert (outside[:pad] == 7.0).all() and (outside[-pad:] == 7.0).all()
+    assert torch.isfinite(group_norm_silu(x, torch.ones(channels), torch.ones(channels), 2, 1e-5)).all()
