@@ -52,6 +52,8 @@ def adopt_unet(unet: Any) -> UNet2DModel:
             if buffer.is_meta:
                 owner, _, leaf = name.rpartition(".")
                 setattr(adopted.get_submodule(owner), leaf, fresh[name].to(adopted.device))
+    # Its tensors stay with their owner, who may go on training them: packing must not move them.
+    adopted.__dict__["borrowed"] = True
     return adopted.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
 
 

@@ -63,9 +63,9 @@ def biases_fold(x: Tensor) -> bool:
 
 
 def pack_conv(module: nn.Conv2d, pad_right_bottom: bool = False, exact: bool = False) -> Conv:
-    """Pack a convolution; on CUDA the module takes over the channels-last storage, so no second copy stays.
+    """Pack a convolution; on CUDA its weight is channels last.
 
-    But where the padding is to the right and below only: there the packed weight is one row and one column larger.
+    Where the padding is to the right and below only, the weight on CUDA is one row and one column larger.
     """
     weight, cpu = module.weight.detach(), None
     padding = 0 if pad_right_bottom else int(module.padding[0])
@@ -73,7 +73,6 @@ def pack_conv(module: nn.Conv2d, pad_right_bottom: bool = False, exact: bool = F
         weight, padding, pad_right_bottom = padded_weight(weight), 1, False
     elif weight.is_cuda:
         weight = weight.contiguous(memory_format=torch.channels_last)
-        module.weight.data = weight
     elif biases_fold(weight) and module.kernel_size == (3, 3) and module.stride == (1, 1):
         cpu = cpu_conv.pack_conv3x3(weight)
     return Conv(weight, float_bias(module), module.stride[0], padding, pad_right_bottom, cpu, exact)

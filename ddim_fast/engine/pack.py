@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-MID_BLOCKS = ("UNetMidBlock2D", None)
+MID_BLOCKS = ("UNetMidBlock2D",)
+MODULES = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Embedding, nn.Identity, nn.ModuleList)
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,43 @@ class PackedUNet:
     device: torch.device
 
 
+def altered(unet: UNet2DModel, own_hooks: Collection[int] = ()) -> str | None:
+    """What in `unet` computes by Python of somebody else's (an adapter's layer, a hook, a patched `forward`).
+
+    Packed weights and graphs would pass it by, so such a model runs plain. None if there is nothing; `own_hooks` are
+    the ids of hooks that may stay.
+    """
+    for name, module in unet.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if not type(module).forward.__module__.startswith(("torch.nn.modules.", "ddim_fast.unet.")):
+            return f"{where} is not one of the model's own modules, and only the plain engine calls it"
+        if "forward" in vars(module):
+            return f"the forward of {where} is patched, and only the plain engine calls it"
+        if (module._forward_hooks.keys() | module._forward_pre_hooks.keys()) - set(own_hooks):
+            return f"{where} has forward hooks, and only the plain engine calls them"
+    return None
+
+
 def unsupported(unet: UNet2DModel) -> str | None:
     """Why the fused engine cannot run `unet`, naming the block or entry; None if it can."""
     config = unet.config
-    for block in config.down_block_types:
-        if block not in DOWN_BLOCKS:
-            return f"the fused engine does not know the block {block}"
-    for block in config.up_block_types:
-        if block not in UP_BLOCKS:
-            return f"the fused engine does not know the block {block}"
-    if unet.mid_block is not None and type(unet.mid_block).__name__ not in MID_BLOCKS:
-        return f"the fused engine does not know the block {type(unet.mid_block).__name__}"
+    for blocks, known in (
+        (unet.down_blocks, DOWN_BLOCKS),
+        ([unet.mid_block], MID_BLOCKS),
+        (unet.up_blocks, UP_BLOCKS),
+    ):
+        for block in blocks:
+            if block is not None and type(block).__name__ not in known:
+                return f"the fused engine does not know the block {type(block).__name__}"
     if config.act_fn.lower() not in ("silu", "swish"):
         return f"the fused engine knows the activation silu, not {config.act_fn}"
     if config.time_embedding_type == "fourier":
         return "the fused engine does not know fourier time embeddings, which scale the output"
     if unet.training and config.dropout > 0:
         return "the model is in training mode with dropout; call unet.eval()"
+    for name, module in unet.named_modules():
+        if not type(module).__module__.startswith("ddim_fast.unet.") and type(module) not in MODULES:
+            return f"the fused engine does not know the module {name} ({type(module).__name__})"
     return None
 
 
@@ -113,9 +135,9 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
     """Pack `unet`, which `unsupported` accepts. Weights whose layout need not change are shared with it.
 
     `exact` keeps the CPU's convolutions to the direct algorithm. On CUDA the convolutions of `unet` take over the
-    packed channels-last storage, so that there is one copy of them.
+    packed channels-last storage, so that there is one copy of them, where `may_take_over` allows it.
     """
-    packer = _Packer(exact, unet.conv_in.out_channels)
+    packer = _Packer(exact, unet.conv_in.out_channels, getattr(unet, "borrowed", False))
     with torch.no_grad():
         down = tuple(packer.stage(block, "downsamplers") for block in unet.down_blocks)
         mid = None if unet.mid_block is None else packer.middle(unet.mid_block)
@@ -125,18 +147,27 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
             up, norm_out = leave_biases(up, norm_out)
         projections = packer.projections
         return PackedUNet(
-            conv_in=pack_conv(unet.conv_in, exact=exact),
+            conv_in=packer.conv(unet.conv_in),
             down=down,
             mid=mid,
             up=up,
             norm_out=norm_out,
-            conv_out=pack_conv(unet.conv_out, exact=exact),
+            conv_out=packer.conv(unet.conv_out),
             time_weight=torch.cat([projection.weight for projection in projections]).float(),
             time_bias=torch.cat(packer.time_biases),
             center_input=bool(unet.config.center_input_sample),
             dtype=unet.dtype,
             device=unet.device,
         )
+
+
+def may_take_over(weight: Tensor) -> bool:
+    """Whether the layout of a weight in memory is nobody else's business.
+
+    An optimizer keeps its state in the layout that the weight had, so weights that were trained keep theirs: those
+    that want gradients and were edited in place since they were loaded.
+    """
+    return weight.is_inference() or not weight.requires_grad or weight._version == 0
 
 
 def _norm(norm: nn.GroupNorm) -> Norm:
@@ -172,8 +203,9 @@ def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ..
 class _Packer:
     """Walks the blocks in order: every ResNet gets its columns of the time tables, and knows the width before it."""
 
-    def __init__(self, exact: bool, width: int) -> None:
+    def __init__(self, exact: bool, width: int, borrowed: bool) -> None:
         self.exact = exact
+        self.borrowed = borrowed
         self.projections: list[nn.Linear] = []
         self.time_biases: list[Tensor] = []
         self.columns = 0
@@ -199,12 +231,19 @@ class _Packer:
             None,
         )
 
+    def conv(self, module: nn.Conv2d, pad_right_bottom: bool = False) -> Conv:
+        packed = pack_conv(module, pad_right_bottom, self.exact)
+        same = packed.weight.shape == module.weight.shape
+        if packed.weight.is_cuda and same and not self.borrowed and may_take_over(module.weight):
+            module.weight.data = packed.weight
+        return packed
+
     def resampler(self, module: Any) -> Conv | UpsampleConv | Resnet:
         if hasattr(module, "time_emb_proj"):
             return self.resnet(module)
         if type(module).__name__ == "Upsample2D":
             return pack_upsample_conv(module.conv, self.exact)
-        return pack_conv(module.conv, module.padding == 0, self.exact)
+        return self.conv(module.conv, module.padding == 0)
 
     def resnet(self, module: Any) -> Resnet:
         scale_shift = module.time_embedding_norm == "scale_shift"
@@ -226,9 +265,9 @@ class _Packer:
         self.width = module.out_channels
         return Resnet(
             norm1=_norm(module.norm1),
-            conv1=(pack_upsample_conv if resample == "up" else pack_conv)(module.conv1, exact=self.exact),
+            conv1=pack_upsample_conv(module.conv1, self.exact) if resample == "up" else self.conv(module.conv1),
             norm2=_norm(module.norm2),
-            conv2=pack_conv(module.conv2, exact=self.exact),
+            conv2=self.conv(module.conv2),
             shortcut=shortcut,
             output_bias=output_bias,
             time=time,
