@@ -108,9 +108,9 @@ def count_ours(config: dict[str, Any], batch: int, dtype: torch.dtype) -> Ledger
             steps = next(windows(run))
             rows = time_rows(run, steps)
         table = run.table[steps.start : steps.stop]
-        state = static_state(run, table, rows, None)
+        state = static_state(run, steps)
         with window:
-            fill(state, run, table, rows, None, latents)
+            fill(state, run, table, rows, latents)
         with counting() as step:
             run_step(state, predict_fused(packed), run.update, STEP)
     return Ledger(named_update(step), window.rows, len(steps), step.host_operators, step.host_copies)

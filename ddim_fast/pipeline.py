@@ -144,6 +144,10 @@ class DDIMPipeline(PipelineMethods):
         pixels, _ = to_uint8(sample)
         return pixels, ~torch.isfinite(sample).flatten(1).all(1)
 
+    # Buffers and packed weights outlive the call: were they inference tensors, calls outside that mode could not use
+    # them, nor could training.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _sample(
         self,
         batch_size: int = 1,
@@ -184,7 +188,8 @@ class DDIMPipeline(PipelineMethods):
         elif isinstance(seeds, torch.Tensor):
             start = seeded_noise(seeds, shape)
         else:
-            start = randn_tensor(shape, generator, device, dtype).float()
+            with engine.capturing:
+                start = randn_tensor(shape, generator, device, dtype).float()
         try:
             return engine.sample(
                 self,

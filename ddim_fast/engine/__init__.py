@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..once import log_once
 
@@ -16,24 +22,48 @@ if TYPE_CHECKING:
     from .graph import GraphCache
     from .pack import PackedUNet
 
-__all__ = ["EngineState", "choose", "sample"]
+__all__ = ["EngineState", "capturing", "choose", "sample"]
 
 logger = logging.getLogger(__name__)
+
+# One capture at a time: the allocator and cuDNN's choice of algorithms are shared by the whole process. Older releases
+# of PyTorch also refuse to draw from the device's global generator in one thread while another one captures.
+capturing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A weight as it was. The weak reference to its storage keeps that address from going to another one."""
+
+    tensor: weakref.ref[Tensor]
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    version: int
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is this weight, and nobody replaced, moved, converted or edited it."""
+        return (
+            self.tensor() is tensor
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+            and (self.dtype, self.stride, self.version) == (tensor.dtype, tensor.stride(), version(tensor))
+        )
 
 
 @dataclass
 class EngineState:
-    """What a pipeline keeps between calls: the packed weights, for which weights they hold, and the graphs."""
+    """What a pipeline keeps between calls: the packed weights, of which weights they are made, and the graphs."""
 
     packed: PackedUNet | None = None
-    packed_from: tuple[Any, ...] | None = None
+    settings: tuple[bool, bool] | None = None
+    weights: list[Seen] = field(default_factory=list)
     graphs: GraphCache | None = None
     not_capturable: str | None = field(default=None)
 
 
 def choose(pipe: PipelineMethods) -> tuple[str, str]:
     """The engine that would run, "plain", "fused" or "graph", and why."""
-    from .pack import unsupported
+    from .pack import altered, unsupported
 
     device = pipe._execution_device
     if pipe.engine == "plain":
@@ -42,6 +72,9 @@ def choose(pipe: PipelineMethods) -> tuple[str, str]:
         return "plain", "sequential offloading moves the weights of one layer at a time"
     if device.type not in ("cpu", "cuda"):
         return "plain", f"the fused engine runs on cuda and cpu, not on {device.type}"
+    changed = altered(pipe.unet, {hook.id for hook in pipe._offload_hooks})
+    if changed is not None:
+        return "plain", changed
     unknown = unsupported(pipe.unet)
     wants_graph = pipe.engine == "graph" or (pipe.engine == "auto" and device.type == "cuda")
     if wants_graph and device.type == "cuda" and not pipe.offloads:
@@ -56,8 +89,11 @@ def choose(pipe: PipelineMethods) -> tuple[str, str]:
     return "fused", f"the model runs fused on {device.type}"
 
 
-def sample(pipe: PipelineMethods, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """Run all steps of `pipe.scheduler` from `latents` with the engine that `choose` names: float32 (B, C, H, W)."""
+def sample(pipe: PipelineMethods, latents: Tensor, **arguments: Any) -> Tensor:
+    """Run all steps of `pipe.scheduler` from `latents` with the engine that `choose` names: float32 (B, C, H, W).
+
+    The fused engine and the graphs compute in the weights' dtype; autocast reaches the plain engine alone.
+    """
     name, reason = choose(pipe)
     if name != pipe.engine:
         log_once(logger, logging.INFO, f"engine {name}: {reason}")
@@ -67,6 +103,20 @@ def sample(pipe: PipelineMethods, latents: torch.Tensor, **arguments: Any) -> to
 
         return sample_plain(pipe.unet, pipe.scheduler, latents, pipe.progress_bar(range(steps)), **arguments)
 
+    kind = latents.device.type
+    if torch.is_autocast_enabled(kind):
+        message = (
+            f"autocast changes nothing here, the model runs in {pipe.dtype}; for half precision call pipe.to(dtype)"
+        )
+        log_once(logger, logging.WARNING, message)
+    with torch.autocast(kind, enabled=False), pipe.progress_bar(total=steps) as bar:
+        return sample_fast(pipe, latents, name == "graph", bar.update, **arguments)
+
+
+def sample_fast(
+    pipe: PipelineMethods, latents: Tensor, in_graphs: bool, progress: Callable[[int], object], **arguments: Any
+) -> Tensor:
+    """Run all steps with packed weights, or with the modules of a model that has none; in graphs where they can be."""
     from .graph import CaptureError, GraphCache, run_graphs
     from .loop import make_run, predict_fused, predict_plain, run_eagerly
 
@@ -74,16 +124,15 @@ def sample(pipe: PipelineMethods, latents: torch.Tensor, **arguments: Any) -> to
     predict = predict_plain(pipe.unet) if packed is None else predict_fused(packed)
     run = make_run(pipe.unet, packed, pipe.scheduler, latents, **arguments)
     state = pipe.engine_state
-    with pipe.progress_bar(total=steps) as bar:
-        if name == "graph" and state.not_capturable is None:
-            if state.graphs is None:
-                state.graphs = GraphCache()
-            try:
-                return run_graphs(run, predict, state.graphs, bar.update)
-            except CaptureError as error:
-                state.not_capturable = str(error)
-                log_once(logger, logging.WARNING, f"the steps run one by one, a graph cannot hold them: {error}")
-        return run_eagerly(run, predict, bar.update)
+    if in_graphs and state.not_capturable is None:
+        if state.graphs is None:
+            state.graphs = GraphCache()
+        try:
+            return run_graphs(run, predict, state.graphs, progress)
+        except CaptureError as error:
+            state.not_capturable = str(error)
+            log_once(logger, logging.WARNING, f"the steps run one by one, a graph cannot hold them: {error}")
+    return run_eagerly(run, predict, progress)
 
 
 def packed_unet(pipe: PipelineMethods) -> PackedUNet | None:
@@ -91,25 +140,34 @@ def packed_unet(pipe: PipelineMethods) -> PackedUNet | None:
     from .pack import pack, unsupported
 
     state = pipe.engine_state
-    fingerprint = (pipe.exact, *weights_fingerprint(pipe.unet))
-    if state.packed_from != fingerprint:
+    settings = (pipe.exact, pipe.unet.training)
+    pairs = zip_longest(state.weights, weights_of(pipe.unet))
+    if state.settings != settings or any(
+        not seen or tensor is None or not seen.is_still(tensor) for seen, tensor in pairs
+    ):
         pipe.repack()
         state = pipe.engine_state
         if unsupported(pipe.unet) is None:
             if pipe.offloads:
                 pipe.unet.to(pipe._execution_device)
             state.packed = pack(pipe.unet, pipe.exact)
-        # Packing may move weights to another layout, so the fingerprint is taken after it.
-        state.packed_from = (pipe.exact, *weights_fingerprint(pipe.unet))
+        # Packing may move weights to another layout, so they are looked at after it.
+        state.weights = [look_at(tensor) for tensor in weights_of(pipe.unet)]
+        state.settings = settings
     return state.packed
 
 
-def weights_fingerprint(unet: UNet2DModel) -> tuple[Any, ...]:
-    """Changes when a weight is replaced, moved, converted or edited in place."""
-    return (
-        unet.training,
-        *(
-            (tensor.untyped_storage()._cdata, tensor.dtype, 0 if tensor.is_inference() else tensor._version)
-            for tensor in unet.parameters()
-        ),
-    )
+def weights_of(unet: UNet2DModel) -> Iterator[Tensor]:
+    """All parameters and buffers: packed, or read by a captured graph."""
+    return chain(unet.parameters(), unet.buffers())
+
+
+def look_at(tensor: Tensor) -> Seen:
+    """`tensor` as it is now."""
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return Seen(weakref.ref(tensor), storage, tensor.dtype, tensor.stride(), version(tensor))
+
+
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was edited in place, as far as PyTorch counts it."""
+    return 0 if tensor.is_inference() else tensor._version

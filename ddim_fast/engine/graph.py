@@ -6,8 +6,7 @@ pipeline share a memory pool, and the least recently used one goes when there ar
 
 from __future__ import annotations
 
-import logging
-import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import capturing
 from .loop import Predict, Run, State, draw_noise, initial_state, run_step, time_rows, windows
-
-logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8
 WARM_UP_STEPS = 2
-# One capture at a time: the allocator and cuDNN's choice of algorithms are shared by the whole process.
-_capturing = threading.Lock()
 
 
 class CaptureError(RuntimeError):
@@ -41,10 +37,16 @@ class Captured:
 
 @dataclass
 class GraphCache:
-    """The graphs of one packed model, least recently used first, and the memory pool that they share."""
+    """The graphs of one model, least recently used first, and the memory pool that they share.
+
+    Nobody reads what a graph leaves in the pool, for buffers lie outside it: graphs may run in any order, one at a
+    time. `done` is the end of the last run. Only captures on the same stream share memory, so `stream` stays.
+    """
 
     graphs: OrderedDict[tuple[Any, ...], Captured] = field(default_factory=OrderedDict)
     pool: Any = None
+    stream: Any = None
+    done: Any = None
     captures: int = 0
 
     def clear(self) -> None:
@@ -57,53 +59,70 @@ def run_graphs(run: Run, predict: Predict, cache: GraphCache, progress: Callable
     """All steps, a graph launch a window. `progress` is told after every window.
 
     Raises:
-        CaptureError: the loop cannot be captured; nothing has been computed, and `cache` is as it was.
+        CaptureError: the loop cannot be captured; nothing has been computed or drawn.
         torch.cuda.OutOfMemoryError: the batch does not fit; `cache` is empty and the message says what would.
     """
-    first, sample = True, run.latents
-    for window in windows(run):
-        noise = draw_noise(run, len(window))
-        rows = time_rows(run, window)
-        table = run.table[window.start : window.stop]
-        captured = find_or_capture(run, predict, cache, table, rows, noise, may_fail=first)
-        fill(captured.state, run, table, rows, noise, sample)
-        captured.graph.replay()
-        sample, first = captured.state.sample, False
-        progress(len(window))
-    # The buffer belongs to the graph, and the next call writes it.
-    return sample.clone()
+    device = run.latents.device
+    if cache.done is None:
+        cache.done = torch.cuda.Event()
+    # The last run may have been launched on another stream.
+    torch.cuda.current_stream(device).wait_event(cache.done)
+    sample = run.latents
+    try:
+        # All captures come before the first draw, so that a failure leaves a generator as it was.
+        graphs = {len(window): find_or_capture(run, predict, cache, window) for window in windows(run)}
+        for window in windows(run):
+            captured = graphs[len(window)]
+            if captured.state.noise is not None:
+                for noise in captured.state.noise:
+                    noise.copy_(draw_noise(run))
+            fill(captured.state, run, run.table[window.start : window.stop], time_rows(run, window), sample)
+            captured.graph.replay()
+            sample = captured.state.sample
+            progress(len(window))
+        # The buffer belongs to the graph, and the next call writes it.
+        return sample.clone()
+    finally:
+        cache.done.record(torch.cuda.current_stream(device))
 
 
 def graph_key(run: Run, steps: int) -> tuple[Any, ...]:
     """What a graph is captured for; everything else is data."""
     label_shape = None if run.labels is None else (tuple(run.labels.shape), run.labels.dtype)
-    return (tuple(run.latents.shape), steps, run.unet.dtype, run.draws_ahead, run.update, label_shape)
+    how = (run.unet.dtype, run.draws_ahead, run.update, product_settings())
+    return (tuple(run.latents.shape), steps, *how, label_shape)
 
 
-def find_or_capture(
-    run: Run,
-    predict: Predict,
-    cache: GraphCache,
-    table: Tensor,
-    rows: Tensor | None,
-    noise: Tensor | None,
-    *,
-    may_fail: bool,
-) -> Captured:
-    """The graph for this window, captured if it is new."""
-    key = graph_key(run, len(table))
+def product_settings() -> tuple[Any, ...]:
+    """PyTorch's settings that choose how products are computed: a graph keeps those it was captured with."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        precision = (cudnn.conv.fp32_precision, matmul.fp32_precision)
+    else:
+        precision = (cudnn.allow_tf32, matmul.allow_tf32)
+    half = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
+    return (*precision, *half, cudnn.enabled, cudnn.deterministic)
+
+
+def find_or_capture(run: Run, predict: Predict, cache: GraphCache, window: range) -> Captured:
+    """The graph for windows as long as `window`, captured if it is new."""
+    key = graph_key(run, len(window))
     if key not in cache.graphs:
-        state = static_state(run, table, rows, noise)
         try:
-            cache.graphs[key] = Captured(capture(run, predict, state, len(table), cache), state)
-        except torch.cuda.OutOfMemoryError as error:
-            cache.clear()
-            torch.cuda.empty_cache()
-            raise torch.cuda.OutOfMemoryError(describe_shortage(run, predict)) from error
+            captured = capture(run, predict, window, cache)
         except RuntimeError as error:
-            if not may_fail:
-                raise
-            raise CaptureError(str(error).splitlines()[0]) from error
+            # Ending a capture that ran out of memory may fail in its turn.
+            causes = [cause for cause in (error, error.__context__) if cause is not None]
+            if any(isinstance(cause, torch.cuda.OutOfMemoryError) for cause in causes):
+                # The frames that it went through hold what had been allocated.
+                for cause in causes:
+                    traceback.clear_frames(cause.__traceback__)
+                cache.clear()
+                torch.cuda.empty_cache()
+                raise torch.cuda.OutOfMemoryError(describe_shortage(run, predict)) from error
+            raise CaptureError(str(error).partition("\n")[0]) from error
+        cache.graphs[key] = captured
         cache.captures += 1
         while len(cache.graphs) > MAX_GRAPHS:
             cache.graphs.popitem(last=False)
@@ -111,33 +130,33 @@ def find_or_capture(
     return cache.graphs[key]
 
 
-def static_state(run: Run, table: Tensor, rows: Tensor | None, noise: Tensor | None) -> State:
-    """Buffers of their own for a graph, filled with this window's data so that the warm-up computes on real values."""
-    state = initial_state(run)
+def static_state(run: Run, window: range) -> State:
+    """Buffers of their own for a graph, filled with the window's data so that the warm-up computes on real values."""
+    state, rows = initial_state(run), time_rows(run, window)
     sample = state.sample.clone()
     low = sample if state.low is state.sample else state.low.clone()
-    seeds = None
-    if noise is None:
+    seeds = noise = None
+    if run.draws_ahead:
+        noise = sample.new_zeros((len(window), *sample.shape), dtype=low.dtype)
+    else:
         # Without noise from outside the kernel draws it, also where eta is 0 and it adds nothing: eta is data.
         seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
     return State(
         sample=sample,
         low=low,
-        table=table.clone(),
+        table=run.table[window.start : window.stop].clone(),
         rows=None if rows is None else rows.clone(),
         seeds=seeds,
-        noise=None if noise is None else noise.clone(),
+        noise=noise,
         labels=None if run.labels is None else run.labels.clone(),
     )
 
 
-def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, noise: Tensor | None, sample: Tensor) -> None:
-    """Copy a window's data into the static buffers."""
+def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, sample: Tensor) -> None:
+    """Copy a window's data into the static buffers; the noise is drawn into its own."""
     state.table.copy_(table)
     if state.rows is not None and rows is not None:
         state.rows.copy_(rows)
-    if state.noise is not None and noise is not None:
-        state.noise.copy_(noise)
     if state.seeds is not None and run.seeds is not None:
         state.seeds.copy_(run.seeds)
     if state.labels is not None and run.labels is not None:
@@ -148,24 +167,45 @@ def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, noise: Tens
             state.low.copy_(sample)
 
 
-def capture(run: Run, predict: Predict, state: State, steps: int, cache: GraphCache) -> torch.cuda.CUDAGraph:
+def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Captured:
     """Warm up on a side stream, where kernels compile and cuDNN chooses its algorithms, then record the window."""
-    device = state.sample.device
-    with _capturing, torch.cuda.device(device), timed_algorithms():
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for index in range(min(steps, WARM_UP_STEPS)):
-                run_step(state, predict, run.update, index)
-        torch.cuda.current_stream(device).wait_stream(stream)
+    device = run.latents.device
+    with capturing, torch.cuda.device(device), timed_algorithms():
+        if cache.stream is None:
+            cache.stream = torch.cuda.Stream(device)
         if cache.pool is None:
             cache.pool = torch.cuda.graph_pool_handle()
+        state = static_state(run, window)
+        current = torch.cuda.current_stream(device)
+        cache.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(cache.stream):
+                for index in range(min(len(window), WARM_UP_STEPS)):
+                    run_step(state, predict, run.update, index)
+        finally:
+            # The buffers are of the current stream, which may give them to others only when they are free.
+            current.wait_stream(cache.stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is theirs.
-        with torch.cuda.graph(graph, pool=cache.pool, stream=stream, capture_error_mode="thread_local"):
-            for index in range(steps):
+        recording = torch.cuda.graph(graph, pool=cache.pool, stream=cache.stream, capture_error_mode="thread_local")
+        with workspaces_of_its_own(), recording:
+            for index in range(len(window)):
                 run_step(state, predict, run.update, index)
-        return graph
+        return Captured(graph, state)
+
+
+@contextmanager
+def workspaces_of_its_own() -> Iterator[None]:
+    """Let cuBLAS allocate its workspaces anew within this block, and again after it.
+
+    PyTorch keeps one for every stream. One from outside the graph's pool might be freed while the graph still writes
+    to it (torch.compile frees them before its own captures), or serve another graph that runs at the same time.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager
@@ -194,6 +234,8 @@ def describe_shortage(run: Run, predict: Predict) -> str:
         run.unet,
     )
     try:
+        # What this call holds already will be free again.
+        held = run.latents.numel() * run.latents.element_size()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         state = initial_state(single)
@@ -202,7 +244,7 @@ def describe_shortage(run: Run, predict: Predict) -> str:
         torch.cuda.synchronize(device)
         an_image = max(1, torch.cuda.max_memory_allocated(device) - before)
         free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free += held + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     except torch.cuda.OutOfMemoryError:
         return f"{message}, and one image does not either; use a smaller dtype such as torch.bfloat16"
     # A tenth stays for what the allocator cannot hand out in one piece.

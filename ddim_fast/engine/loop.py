@@ -70,9 +70,14 @@ def predict_plain(unet: UNet2DModel) -> Predict:
     """Predict with the readable modules: for models with a block that the fused engine does not know."""
 
     def predict(state: State, index: int) -> tuple[Tensor, None]:
-        return unet(state.low, state.table[index, 5], state.labels).sample, None
+        return unet(state.low, timesteps_of(unet, state.table)[index], state.labels).sample, None
 
     return predict
+
+
+def timesteps_of(unet: UNet2DModel, table: Tensor) -> Tensor:
+    """A table's timesteps, (W,), as the model takes them: integers where each of them has a row of weights."""
+    return table[:, 5].long() if unet.config.time_embedding_type == "learned" else table[:, 5]
 
 
 def make_update(scheduler: DDIMScheduler, use_clipped_model_output: bool) -> Update:
@@ -193,16 +198,13 @@ def time_rows(run: Run, window: range) -> Tensor | None:
     """The time tables of `window`; None for the plain modules."""
     if run.packed is None:
         return None
-    timesteps = run.table[window.start : window.stop, 5]
+    timesteps = timesteps_of(run.unet, run.table[window.start : window.stop])
     return time_table(run.packed, run.unet, timesteps, run.labels)
 
 
-def draw_noise(run: Run, steps: int) -> Tensor | None:
-    """What the generator must draw for the next `steps` steps, in diffusers' order and dtype: (steps, B, C, H, W)."""
-    if not run.draws_ahead:
-        return None
-    shape, device = run.latents.shape, run.latents.device
-    return torch.stack([randn_tensor(shape, run.generator, device, run.unet.dtype) for _ in range(steps)])
+def draw_noise(run: Run) -> Tensor:
+    """What the generator must draw for the next step, as diffusers draws it: (B, C, H, W) in the UNet's dtype."""
+    return randn_tensor(run.latents.shape, run.generator, run.latents.device, run.unet.dtype)
 
 
 def initial_state(run: Run) -> State:
@@ -223,8 +225,8 @@ def run_eagerly(run: Run, predict: Predict, progress: Callable[[int], object]) -
         state.table = run.table[window.start : window.stop]
         state.rows = time_rows(run, window)
         for index in range(len(window)):
-            noise = draw_noise(run, 1)
-            state.noise = None if noise is None else noise.expand(len(window), *noise.shape[1:])
+            if run.draws_ahead:
+                state.noise = draw_noise(run).expand(len(window), *run.latents.shape)
             run_step(state, predict, run.update, index)
             progress(1)
     return state.sample
