@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim_fast.engine import choose
+from ddim_fast.engine import choose, look_at
+from ddim_fast.engine.loop import make_run, predict_plain, run_eagerly
+from ddim_fast.once import log_once
 
 SMALL = dict(
     sample_size=8,
@@ -144,3 +146,161 @@ def test_a_model_with_an_unknown_block_runs_plain_and_is_named_once(caplog):
         draw(pipe, steps=1)
         draw(pipe, steps=1)
     assert caplog.text.count("does not know the block SkipDownBlock2D") == 1
+
+
+EXOTIC = {
+    "learned": dict(time_embedding_type="learned", num_train_timesteps=1000),
+    "fourier": dict(time_embedding_type="fourier"),
+    "gelu": dict(act_fn="gelu"),
+    **{
+        blocks[0]: dict(
+            block_out_channels=(32, 32),
+            norm_num_groups=32,
+            down_block_types=(blocks[0],) * 2,
+            up_block_types=(blocks[1],) * 2,
+        )
+        for blocks in (
+            ("SkipDownBlock2D", "SkipUpBlock2D"),
+            ("AttnSkipDownBlock2D", "AttnSkipUpBlock2D"),
+            ("KDownBlock2D", "KUpBlock2D"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("config", EXOTIC.values(), ids=EXOTIC)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_plain_modules_in_the_engine_s_loop_give_the_plain_engine_s_pictures(config, eta):
+    """What a graph of a model with an unknown block captures."""
+    pipe = make(engine="plain", **config)
+    start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = [800, 500, 100]
+    generator = torch.Generator().manual_seed(1)
+    expected = draw(pipe, seeds=None, latents=start, eta=eta, generator=generator, timesteps=timesteps)
+    assert torch.isfinite(expected).all()
+    options = dict(use_clipped_model_output=False, seeds=None, class_labels=None)
+    with torch.no_grad():
+        generator.manual_seed(1)
+        run = make_run(pipe.unet, None, pipe.scheduler, start.clone(), eta=eta, generator=generator, **options)
+        images = run_eagerly(run, predict_plain(pipe.unet), lambda steps: None)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_time_embedding_runs_fused():
+    pipe = make(**EXOTIC["learned"])
+    assert choose(pipe)[0] == "fused"
+    fused = draw(pipe)
+    pipe.engine = "plain"
+    torch.testing.assert_close(fused, draw(pipe), atol=1e-4, rtol=1e-4)
+
+
+class Adapter(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def adapt(unet):
+    attention = unet.mid_block.attentions[0]
+    adapter = Adapter(16, 16)
+    adapter.load_state_dict(attention.to_q.state_dict())
+    attention.to_q = adapter
+
+
+def patch(unet):
+    forward = unet.mid_block.forward
+    unet.mid_block.forward = lambda *arguments: 2 * forward(*arguments)
+
+
+ALTERATIONS = {
+    "mid_block.attentions.0.to_q (Adapter) is not one of": adapt,
+    "the forward of mid_block (UNetMidBlock2D) is patched": patch,
+    "mid_block (UNetMidBlock2D) has forward hooks": lambda unet: unet.mid_block.register_forward_hook(
+        lambda module, inputs, output: 2 * output
+    ),
+    "does not know the module down_blocks.0.resnets.0.nonlinearity (GELU)": lambda unet: setattr(
+        unet.down_blocks[0].resnets[0], "nonlinearity", torch.nn.GELU()
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", ALTERATIONS)
+def test_a_model_that_somebody_altered_runs_as_altered(reason):
+    """Adapters, hooks and patches would be passed by, silently, if packed weights ran in their place."""
+    pipe = make()
+    before = draw(pipe)
+    ALTERATIONS[reason](pipe.unet)
+    name, why = choose(pipe)
+    assert name == "plain" and reason in why
+    after = draw(pipe)
+    pipe.engine = "plain"
+    assert torch.equal(after, draw(pipe)) and (after - before).abs().max() > 1e-2
+
+
+def test_two_pipelines_on_one_model_see_each_other_s_edits():
+    one = make()
+    two = DDIMPipeline(one.unet, one.scheduler)
+    two.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(one), draw(two))
+    with torch.no_grad():
+        one.unet.mid_block.attentions[0].to_v.weight.mul_(2)
+    torch.testing.assert_close(draw(one), draw(two))
+    assert two.engine_state.packed is not one.engine_state.packed
+
+
+def test_a_replaced_weight_cannot_pass_for_the_old_one():
+    """The address of freed memory is given out again; a weight that was packed keeps its own."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    seen = look_at(weight)
+    assert seen.is_still(weight)
+    del weight
+    others = (torch.nn.Parameter(torch.zeros(3)) for _ in range(100))
+    assert not any(seen.storage.cdata == other.untyped_storage()._cdata or seen.is_still(other) for other in others)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.register_buffer("kernel", torch.ones(2)),
+        lambda unet: setattr(unet.conv_in, "weight", torch.nn.Parameter(unet.conv_in.weight.detach())),
+        lambda unet: setattr(unet.conv_in.weight, "data", unet.conv_in.weight.data.clone()),
+        lambda unet: unet.double().float(),
+        lambda unet: unet.train(),
+    ],
+)
+def test_whatever_happens_to_the_weights_is_noticed(change):
+    pipe = make()
+    draw(pipe)
+    first = pipe.engine_state.packed
+    draw(pipe)
+    assert pipe.engine_state.packed is first
+    change(pipe.unet)
+    draw(pipe)
+    assert pipe.engine_state.packed is not first
+
+
+def test_asking_for_gradients_packs_nothing_anew():
+    pipe = make()
+    draw(pipe)
+    first = pipe.engine_state.packed
+    pipe.unet.requires_grad_(False)
+    draw(pipe)
+    assert pipe.engine_state.packed is first
+
+
+def test_autocast_is_said_to_change_nothing(caplog):
+    log_once.cache_clear()
+    pipe = make()
+    expected = draw(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(draw(pipe), expected) and torch.equal(draw(pipe), expected)
+        assert torch.is_autocast_enabled("cpu")
+    assert caplog.text.count("autocast changes nothing here, the model runs in torch.float32") == 1
+
+
+def test_inference_mode_leaves_a_model_that_still_trains():
+    pipe = make()
+    with torch.inference_mode():
+        expected = draw(pipe)
+    assert torch.equal(draw(pipe), expected) and not expected.is_inference()
+    pipe.unet(torch.randn(1, 3, 8, 8), 3).sample.sum().backward()
+    assert pipe.unet.conv_in.weight.grad is not None

@@ -1,17 +1,23 @@
 """The graph engine without a card: fake CUDA tensors run every line, and doubles stand for the capture calls."""
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
 
+import diffusers
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel, pipeline
 from ddim_fast.engine import choose
 from ddim_fast.engine import graph as graph_module
+from ddim_fast.engine import loop as loop_module
 from ddim_fast.engine.loop import MAX_WINDOW, window_length
+from ddim_fast.engine.pack import pack
 
 SMALL = dict(
     sample_size=8,
@@ -52,12 +58,41 @@ class Operators(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors held at once, of those it was told of and those that operators made."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.live, self.peak = {}, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given, made = (
+            [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+            for values in ((args, kwargs), out)
+        )
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in {other.untyped_storage()._cdata for other in given}:
+                self.add(tensor)
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
 class Recorder:
     """Doubles for the calls that need a driver: what is captured, what is replayed."""
 
     def __init__(self):
         self.captures, self.replays, self.captured_operators, self.replay_operators = [], 0, [], []
-        self.fail_with = None
+        self.fail_with, self.waits, self.ends, self.streams = None, [], 0, 0
+        self.workspaces, self.captured_storages, self.replays_at_capture, self.capturing = [], [], [], False
 
     def install(self, monkeypatch):
         recorder = self
@@ -71,22 +106,37 @@ class Recorder:
             assert capture_error_mode == "thread_local" and pool == "pool" and stream == "stream"
             if recorder.fail_with is not None:
                 raise recorder.fail_with
-            operators = Operators()
-            with operators:
+            operators, memory = Operators(), Memory([])
+            recorder.replays_at_capture.append(recorder.replays)
+            recorder.capturing = True
+            with operators, memory:
                 yield
+            recorder.capturing = False
             recorder.captures.append(graph)
+            recorder.captured_storages.append(set(memory.live))
             recorder.captured_operators.append(operators)
 
         class Stream:
             def __new__(cls, device=None):
+                recorder.streams += 1
                 return Name("stream")
 
         class Name(str):
             def wait_stream(self, other):
                 assert other in ("stream", "current")
 
+            def wait_event(self, event):
+                assert self == "current"
+                recorder.waits.append(event)
+
+        class Event:
+            def record(self, stream):
+                assert stream == "current"
+                recorder.ends += 1
+
         for name, double in {
             "Stream": Stream,
+            "Event": Event,
             "stream": lambda stream: contextlib.nullcontext(),
             "current_stream": lambda device=None: Name("current"),
             "graph_pool_handle": lambda: "pool",
@@ -97,6 +147,10 @@ class Recorder:
         }.items():
             monkeypatch.setattr(torch.cuda, name, double)
 
+        def clear_workspaces():
+            recorder.workspaces.append("capturing" if recorder.capturing else "idle")
+
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear_workspaces)
         original = graph_module.fill
 
         def watched_fill(*args):
@@ -215,6 +269,131 @@ def test_later_replays_allocate_nothing_and_keep_their_addresses(fake, recorder)
     assert set(recorder.replay_operators[-1].names) == {"aten.copy_.default"}
 
 
+def test_static_buffers_lie_outside_the_pool(fake, recorder):
+    """What a graph leaves in the shared pool another one overwrites; only what was made before may be kept."""
+    pipe = fake_pipeline()
+    run(pipe, batch_size=2)
+    (captured,) = pipe.engine_state.graphs.graphs.values()
+    made = recorder.captured_storages[0]
+    kept = [tensor for tensor in vars(captured.state).values() if tensor is not None]
+    assert made and not made & {tensor.untyped_storage()._cdata for tensor in kept}
+
+
+def test_all_captures_share_one_stream_and_so_the_pool_s_memory(fake, recorder):
+    pipe = fake_pipeline()
+    for batch in (1, 2, 3):
+        run(pipe, batch_size=batch)
+    assert len(recorder.captures) == 3 and recorder.streams == 1
+
+
+def test_cublas_workspaces_are_of_the_graph_alone(fake, recorder):
+    """They are let go of between the warm-up and the capture, and again behind it."""
+    run(fake_pipeline())
+    assert recorder.workspaces == ["idle", "idle"] and len(recorder.captures) == 1
+
+
+def test_a_run_waits_for_the_last_one_which_may_be_on_another_stream(fake, recorder):
+    pipe = fake_pipeline()
+    for expected in (1, 2):
+        run(pipe)
+        assert len(recorder.waits) == recorder.ends == expected
+    assert recorder.waits[0] is recorder.waits[1]
+
+
+def test_pytorch_s_settings_for_products_belong_to_a_graph(fake, recorder, monkeypatch):
+    pipe = fake_pipeline()
+    run(pipe)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    run(pipe)
+    assert len(recorder.captures) == 2
+
+
+def test_a_pipeline_first_used_in_inference_mode_works_outside_of_it(fake, recorder):
+    pipe = fake_pipeline()
+    with torch.inference_mode():
+        run(pipe, eta=0.5, generator=torch.Generator())
+    run(pipe, eta=0.5, generator=torch.Generator())
+    assert len(recorder.captures) == 1 and recorder.replays == 2
+    assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())
+
+
+def unet_on_the_card(unet_class=UNet2DModel, **config):
+    with torch.device("cuda"):
+        return unet_class(**{**SMALL, "block_out_channels": (32, 64), **config}).eval()
+
+
+def layouts(unet):
+    return [(tensor.stride(), tensor.untyped_storage()._cdata) for tensor in unet.parameters()]
+
+
+def test_packing_takes_at_most_the_weights_once_more_and_keeps_one_copy_of_the_convolutions(fake):
+    unet = unet_on_the_card().requires_grad_(False)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.parameters())
+    with Memory(unet.parameters()) as memory:
+        packed = pack(unet)
+    assert weights < memory.peak <= 1.7 * weights
+    for conv, module in ((packed.conv_in, unet.conv_in), (packed.conv_out, unet.conv_out)):
+        assert conv.weight.untyped_storage()._cdata == module.weight.untyped_storage()._cdata
+    assert unet(torch.zeros(1, 3, 8, 8, device="cuda"), 3).sample.shape == (1, 3, 8, 8)
+
+
+def test_weights_in_training_keep_their_layout(fake):
+    """Their optimizer's state has it, too."""
+    unet = unet_on_the_card()
+    before = layouts(unet)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(1)
+    pack(unet)
+    assert layouts(unet) == before
+
+
+def test_a_model_of_diffusers_keeps_its_weights_and_its_layout(fake, recorder):
+    theirs = unet_on_the_card(diffusers.UNet2DModel)
+    before = layouts(theirs)
+    pipe = DDIMPipeline(theirs, HostScheduler())
+    pipe.scheduler = HostScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    run(pipe)
+    ours = dict(pipe.unet.named_parameters())
+    assert layouts(theirs) == before
+    for name, parameter in theirs.named_parameters():
+        assert ours[name].untyped_storage()._cdata == parameter.untyped_storage()._cdata
+    with torch.no_grad():
+        theirs.conv_in.weight.add_(1)
+    run(pipe)
+    assert len(recorder.captures) == 2
+
+
+def test_a_failed_capture_leaves_the_generator_s_noise_to_the_steps(fake, recorder, monkeypatch):
+    draws, steps = [], 3
+    drawn = loop_module.draw_noise
+
+    def counted(run):
+        draws.append(1)
+        return drawn(run)
+
+    monkeypatch.setattr(loop_module, "draw_noise", counted)
+    monkeypatch.setattr(graph_module, "draw_noise", counted)
+    recorder.fail_with = RuntimeError("this operation synchronises")
+    run(fake_pipeline(), steps=steps, eta=0.5, generator=torch.Generator())
+    assert len(draws) == steps
+
+
+def test_an_uneven_rest_is_captured_before_anything_runs(fake, recorder, monkeypatch):
+    monkeypatch.setattr(loop_module, "MAX_WINDOW", 4)
+    run(fake_pipeline(), steps=7)
+    assert recorder.replays_at_capture == [0, 0] and recorder.replays == 2
+
+
+def test_other_numbers_of_steps_replay_the_same_windows(fake, recorder, monkeypatch):
+    monkeypatch.setattr(loop_module, "MAX_WINDOW", 4)
+    pipe = fake_pipeline()
+    for steps in (4, 8, 12, 100):
+        run(pipe, steps=steps)
+    assert len(recorder.captures) == 1 and recorder.replays == 1 + 2 + 3 + 25
+
+
 def test_long_schedules_replay_one_graph_over_the_windows(fake, recorder):
     pipe = fake_pipeline()
     run(pipe, steps=200)
@@ -292,6 +471,30 @@ def test_running_out_of_memory_names_a_batch_that_fits(fake, recorder, monkeypat
     ):
         run(pipe, batch_size=64)
     assert not pipe.engine_state.graphs.graphs
+
+
+@pytest.mark.parametrize("where", ["static_state", "run_step"])
+def test_out_of_memory_anywhere_in_a_capture_lets_go_of_it_all(fake, recorder, monkeypatch, where):
+    made = []
+    original = getattr(graph_module, where)
+
+    def fails(*arguments):
+        result = original(*arguments)
+        big = torch.zeros(5, device="cuda")
+        made.append(weakref.ref(big))
+        if where == "run_step":
+            made.extend(weakref.ref(tensor) for tensor in vars(arguments[0]).values() if tensor is not None)
+        raise torch.cuda.OutOfMemoryError(f"CUDA out of memory {result is big}")
+
+    def describe(run, predict):
+        gc.collect()
+        assert made and all(reference() is None for reference in made)
+        return "batch_size=2 does not fit"
+
+    monkeypatch.setattr(graph_module, where, fails)
+    monkeypatch.setattr(graph_module, "describe_shortage", describe)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="batch_size=2 does not fit"):
+        run(fake_pipeline(), batch_size=2)
 
 
 def test_a_capture_lets_cudnn_time_its_algorithms_and_changes_no_other_setting(monkeypatch):
