@@ -8,9 +8,12 @@ go with it are `device` (tests/conftest.py: the CUDA device, else the CPU throug
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from ddim_fast.kernels import launch
 
 # A kernel against a float64 reference, as relative L2.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -19,11 +22,31 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GUARD = 1024
 
 
-def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN where `actual` holds one, so `<=` a tolerance fails."""
+# Errors that kernels made in the running test, (dtype, relative L2): conftest.py closes a run with their table.
+measured: list[tuple[str, float]] = []
+
+
+def relative_l2(actual: torch.Tensor, expected: torch.Tensor, *, listed: bool = True) -> float:
+    """||actual - expected|| / ||expected|| in float64; NaN where `actual` holds one, so `<=` a tolerance fails.
+
+    Listed in the table of kernel errors where a kernel is held to a float64 reference, unless told otherwise: a
+    gradient is the reference's work, and an ill-conditioned input's error the input's.
+    """
+    if listed and expected.dtype == torch.float64 and launch.use_triton(actual):
+        dtype = str(actual.dtype).removeprefix("torch.")
+        measured.append((dtype, relative_l2(actual, expected, listed=False)))
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def worst_errors(records: Sequence[tuple[str, str, float]]) -> list[str]:
+    """The lines of the table: of (kernel, dtype, error) the largest error of each kernel and dtype, NaN above all."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for kernel, dtype, error in records:
+        errors.setdefault((kernel, dtype), []).append(error)
+    worst = {key: max(found, key=lambda error: (math.isnan(error), error)) for key, found in errors.items()}
+    return [f"{kernel:<16} {dtype:<10} {worst[kernel, dtype]:.1e}" for kernel, dtype in sorted(worst)]
 
 
 def poison(dtype: torch.dtype) -> float | int:

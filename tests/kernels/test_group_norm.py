@@ -112,7 +112,8 @@ def test_any_shape_and_option_matches_float64(place, problem):
     assert returned is out
     assert guards_intact(out)
     bound = tolerance(dtype, problem["num_groups"], **options, x=x)
-    assert relative_l2(out, expected(x, weight, bias, problem["num_groups"], **options)) <= bound
+    wanted = expected(x, weight, bias, problem["num_groups"], **options)
+    assert relative_l2(out, wanted, listed=bound == TOLERANCE[dtype]) <= bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +176,7 @@ def test_a_mean_of_1000_beside_a_deviation_of_1_keeps_its_digits(place, size, me
     weight, bias = parameters(64, place)
     for stats in (None, add_residual(x, want_stats=True)[1]):
         out = group_norm(x, weight, bias, 1, EPS, stats=stats)
-        assert relative_l2(out, expected(x, weight, bias, 1)) <= 1e-3
+        assert relative_l2(out, expected(x, weight, bias, 1), listed=False) <= 1e-3
 
 
 def test_a_large_mean_in_bfloat16_is_normalised_like_its_own_rounded_values(place):
@@ -238,7 +239,8 @@ def test_sequences_and_single_vectors_are_activations_too(place):
     for shape in [(2, 6), (2, 5, 6), (2, 2, 3, 2, 6)]:
         x = random(*shape, device=place)
         bound = tolerance(torch.float32, 2, x) if len(shape) > 2 else 1e-5
-        assert relative_l2(group_norm(x, weight, bias, 2, EPS), expected(x, weight, bias, 2)) <= bound
+        out = group_norm(x, weight, bias, 2, EPS)
+        assert relative_l2(out, expected(x, weight, bias, 2), listed=len(shape) > 2) <= bound
 
 
 def test_it_is_what_pytorch_computes_on_channels_last_images(place):
@@ -267,7 +269,7 @@ def test_gradients_reach_every_input(place):
     for name, actual, wanted in zip(
         ALL, gradients, torch.autograd.grad((exact * weight).sum(), list(inputs.values())), strict=True
     ):
-        assert relative_l2(actual, wanted) <= 1e-5, name
+        assert relative_l2(actual, wanted, listed=False) <= 1e-5, name
 
 
 def test_it_is_a_well_behaved_operator(place):
@@ -429,16 +431,20 @@ def test_two_streams_at_once_do_not_disturb_one_another(device):
 def test_a_captured_graph_replays_on_new_values(device):
     x = random(2, 64, 64, 128, device=device, dtype=torch.float16)
     weight, bias = parameters(128, device)
-    group_norm(x, weight, bias, 32, EPS)
+
+    def run():
+        h, stats = add_residual(x, x, want_stats=True)
+        return group_norm(h, weight, bias, 32, EPS, stats=stats), group_norm(x, weight, bias, 32, EPS)
+
+    # Kernels are compiled and loaded before the capture.
+    run()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        h, stats = add_residual(x, x, want_stats=True)
-        handed_over = group_norm(h, weight, bias, 32, EPS, stats=stats)
-        measured = group_norm(x, weight, bias, 32, EPS)
+        captured = run()
     x.mul_(3).add_(1)
     graph.replay()
-    assert torch.equal(measured, group_norm(x, weight, bias, 32, EPS))
-    assert torch.equal(handed_over, group_norm(*add_residual(x, x)[:1], weight, bias, 32, EPS, stats=stats))
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
 
 
 @pytest.mark.gpu
