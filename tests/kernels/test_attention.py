@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddim_fast.kernels import launch
 from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles, tiles_for
@@ -84,6 +85,9 @@ def test_any_shape_and_scale(batch, length, heads, head_dim, dtype, scale):
 @pytest.mark.parametrize("length, head_dim", [(33, 512), (70, 40)])
 @pytest.mark.parametrize("capability", [(9, 0), (8, 6)], ids=["sm_90", "sm_86"])
 def test_every_chips_tiles_write_all_of_the_output_and_nothing_else(capability, length, head_dim, dtype, device):
+    if torch.device(device).type == "cuda":
+        # Another chip's tiles need not fit this one's shared memory.
+        capability = torch.cuda.get_device_capability()
     qkv = guarded(packed(2, length, 1, head_dim, dtype, device))
     out = guarded_output((2, length, head_dim), dtype, device)
 
@@ -123,7 +127,7 @@ def test_reads_a_projection_off_its_16_byte_boundary(device):
     assert relative_l2(attention(qkv, 2), exact(qkv, 2)) <= TOLERANCE[torch.float16]
 
 
-def test_an_image_of_no_batch_gives_none(device):
+def test_no_image_is_no_error(device):
     assert attention(torch.empty(0, 5, 12, device=device), 2).shape == (0, 5, 4)
 
 
@@ -230,7 +234,9 @@ def test_tiles_are_powers_of_two_that_fit_the_products(capability, dtype):
 def test_wide_heads_run_scaled_dot_product_attention_and_say_so_once(device, caplog):
     attention_module._log_fallback.cache_clear()
     qkv = packed(1, 8, 1, 520, device=device)
-    with caplog.at_level(logging.WARNING), launch.recording() as launches:
+    # Of PyTorch's ways this one alone keeps float32's digits on every card.
+    exactly = sdpa_kernel(SDPBackend.MATH)
+    with caplog.at_level(logging.WARNING), launch.recording() as launches, exactly:
         outputs = [attention(qkv, 1) for _ in range(3)]
 
     assert not launches
@@ -238,12 +244,12 @@ def test_wide_heads_run_scaled_dot_product_attention_and_say_so_once(device, cap
     assert [record.levelname for record in caplog.records if "520" in record.message] == ["WARNING"]
 
 
-def test_the_reference_gives_the_same(device):
-    qkv = packed(2, 20, 2, 24, device=device)
+def test_cpu_tensors_run_the_reference_where_nothing_interprets():
+    qkv = packed(2, 20, 2, 24)
 
     with launch.interpret_cpu(False):
         assert torch.equal(attention(qkv, 2), attention_reference(qkv, 2))
-    assert relative_l2(attention_reference(qkv, 2), exact(qkv, 2)) <= TOLERANCE[torch.float32]
+    assert relative_l2(attention_reference(qkv, 2), exact(qkv, 2), listed=False) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("shape, heads", [((2, 5, 24), 2), ((1, 1, 6), 1), ((1, 3, 3 * 520), 1)])
@@ -257,12 +263,13 @@ def test_gradients_are_those_of_the_definition(device):
     qkv = packed(2, 9, 2, 8, device=device).requires_grad_()
     double = qkv.detach().cpu().double().requires_grad_()
     weights = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
-    (attention(qkv, 2, scale=0.3) * weights.to(device)).sum().backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        (attention(qkv, 2, scale=0.3) * weights.to(device)).sum().backward()
 
     q, k, v = (part.reshape(2, 9, 2, 8).transpose(1, 2) for part in double.chunk(3, -1))
     out = ((q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16)
     (out * weights.double()).sum().backward()
-    assert relative_l2(qkv.grad, double.grad) <= TOLERANCE[torch.float32]
+    assert relative_l2(qkv.grad, double.grad, listed=False) <= TOLERANCE[torch.float32]
 
 
 def test_compiles_into_a_full_graph(device):
