@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .images import FLOATS, check_images, check_like, image_offset, is_nchw, is_nhwc
+from .images import FLOATS, check_apart, check_images, check_like, image_offset, is_nchw, is_nhwc
 from .launch import launch, use_triton
 from .philox_normal import STEP, block_size, check_seeds, normal_at, normal_quads, philox_normal_reference, warps
 
@@ -451,6 +451,8 @@ def ddim_step(
         if tensor is not None:
             check_images(name, tensor, dtypes)
             check_like(name, tensor, sample.shape, dtypes, sample.device)
+            if name != "noise":
+                check_apart(name, tensor)
 
     options = (prediction_type, clip_range, threshold, use_clipped_model_output, noise, seeds, model_bias)
     if out is None and out_low is None:

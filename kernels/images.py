@@ -58,6 +58,14 @@ def check_images(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype])
         )
 
 
+def check_apart(name: str, tensor: torch.Tensor) -> None:
+    """Raise where images of `tensor`, to be written, share memory."""
+    if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1:].numel():
+        raise ValueError(
+            f"`{name}` has a batch stride of {tensor.stride(0)}, so its images overlap; pass memory of its own"
+        )
+
+
 def check_like(
     name: str, tensor: torch.Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
