@@ -42,6 +42,8 @@ class Labels:
             self.setting = "uniform"
             return
         values = np.asarray(spec.cpu() if hasattr(spec, "cpu") else spec)
+        if values.dtype == object and all(isinstance(value, int) for value in values.flat):
+            raise ValueError(f"class_labels holds {max(values.flat, key=abs)}, which is no class")
         if not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"class_labels must be integers, got {values.dtype}")
         if values.ndim > 1 or (values.ndim == 1 and len(values) != num_images):
@@ -68,16 +70,26 @@ class Labels:
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """Labels from a file: `.npy`, or text with one integer a line. Raises `ValueError` naming the line."""
+    """Labels from a file: `.npy`, or text with one integer a line.
+
+    Raises `ValueError` naming the file and the line that is wrong, and `OSError` for a file that cannot be read.
+    """
     path = Path(path)
     if path.suffix == ".npy":
-        return np.asarray(np.load(path, allow_pickle=False))
+        try:
+            return np.asarray(np.load(path, allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not an array of labels: {error}") from None
     values = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is neither text nor .npy") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                values.append(int(line))
-            except ValueError:
+                values.append(np.int64(int(line)))
+            except (ValueError, OverflowError):
                 raise ValueError(f"{path}, line {number}: {line.strip()!r} is not a label") from None
     return np.asarray(values, dtype=np.int64)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 LARGEST_SEED = 2**63 - 1
+MOST_SEEDS = 10**10
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -77,6 +78,7 @@ def parse_seeds(text: str) -> Seeds:
             raise ValueError(f"seeds: {part.strip()!r} runs backwards; write {b}-{a}")
         if b > LARGEST_SEED:
             raise ValueError(f"seeds: {b} is too large; the largest seed is {LARGEST_SEED}")
+        _check_count(b - a + 1, part.strip())
         first.append(a)
         count.append(b - a + 1)
     return Seeds(first, count)
@@ -88,22 +90,32 @@ def as_seeds(seeds: Seeds | str | int | range | Iterable[int]) -> Seeds:
         return seeds
     if isinstance(seeds, str):
         return parse_seeds(seeds)
-    if isinstance(seeds, int):
-        seeds = [seeds]
+    if isinstance(seeds, int | np.integer):
+        seeds = [int(seeds)]
     if isinstance(seeds, range) and seeds.step == 1:
         if len(seeds) and (seeds.start < 0 or seeds.stop - 1 > LARGEST_SEED):
             raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {seeds}")
+        _check_count(seeds.stop - seeds.start, repr(seeds))
         return Seeds([seeds.start] if len(seeds) else [], [len(seeds)] if len(seeds) else [])
     values = np.asarray(list(seeds) if not isinstance(seeds, np.ndarray) else seeds)
     if values.size == 0:
         return Seeds([], [])
+    if values.dtype == object and all(isinstance(value, int) for value in values.flat):
+        raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {max(values.flat, key=abs)}")
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise TypeError(f"seeds must be integers (text, a range or a list), got an array of {values.dtype}")
     if values.min() < 0 or int(values.max()) > LARGEST_SEED:
         wrong = values.min() if values.min() < 0 else values.max()
         raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {wrong}")
+    # Differences of unsigned numbers would wrap around.
+    values = values.astype(np.int64)
     starts = np.flatnonzero(np.concatenate(([True], np.diff(values) != 1)))
     return Seeds(values[starts], np.diff(np.append(starts, len(values))))
+
+
+def _check_count(count: int, part: str) -> None:
+    if count > MOST_SEEDS:
+        raise ValueError(f"seeds: {part} names {count:,} images; a job takes at most {MOST_SEEDS:,}")
 
 
 def parse_shard(shard: str | tuple[int, int]) -> tuple[int, int]:
@@ -124,7 +136,7 @@ def find_shard(environ: Mapping[str, str] = os.environ) -> tuple[int, int, str]:
     """The shard that torchrun's or Slurm's variables give this process, and where it was read.
 
     Slurm: the tasks of a step (`srun`), the tasks of an array (`--array`), or both. A command that a batch script
-    runs without `srun` is one process, whatever `--ntasks` says.
+    runs without `srun` is one process, whatever `--ntasks` says. Raises `ValueError` for an array with gaps.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         index, count = parse_shard(f"{environ['RANK']}/{environ['WORLD_SIZE']}")
@@ -132,11 +144,12 @@ def find_shard(environ: Mapping[str, str] = os.environ) -> tuple[int, int, str]:
     index, count, source = 0, 1, ""
     if "SLURM_ARRAY_TASK_ID" in environ:
         task, low, high, total = (int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
-        if high - low + 1 != total:
+        step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
+        if (high - low) // step + 1 != total:
             raise ValueError(
                 f"the Slurm array has gaps ({low} to {high}, {total} tasks); number it without, or pass a shard"
             )
-        index, count, source = task - low, total, "the Slurm array"
+        index, count, source = (task - low) // step, total, "the Slurm array"
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         tasks = int(environ["SLURM_STEP_NUM_TASKS"])
         index, count = index * tasks + int(environ["SLURM_PROCID"]), count * tasks

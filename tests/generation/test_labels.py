@@ -33,6 +33,7 @@ def test_lists_with_other_labels_are_other_settings():
         (None, CLASSES, "class-conditional of 10"),
         (10, CLASSES, "holds 10.*0 to 9"),
         (-1, CLASSES, "holds -1"),
+        (2**70, CLASSES, f"holds {2**70}"),
         ([1, 2], CLASSES, r"shape \(2,\).*\(5,\)"),
         ([0.5] * 5, CLASSES, "integers"),
         ("all", CLASSES, "'uniform'"),
@@ -50,6 +51,19 @@ def test_labels_are_read_from_text_and_npy(tmp_path):
     (tmp_path / "a.txt").write_text("3\n1\n\n4\n")
     np.save(tmp_path / "a.npy", np.array([3, 1, 4]))
     assert read_labels(tmp_path / "a.txt").tolist() == read_labels(tmp_path / "a.npy").tolist() == [3, 1, 4]
-    (tmp_path / "b.txt").write_text("3\nx\n")
-    with pytest.raises(ValueError, match="line 2: 'x'"):
-        read_labels(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.txt", b"3\nx\n", "b.txt, line 2: 'x'"),
+        ("b.txt", b"3\n99999999999999999999\n", "b.txt, line 2: '99999999999999999999'"),
+        ("b.txt", b"\x93NUMPY", "b.txt is neither text nor .npy"),
+        ("b.npy", b"", "b.npy is not an array of labels"),
+        ("b.npy", b"3\n1\n", "b.npy is not an array of labels"),
+    ],
+)
+def test_a_file_that_holds_no_labels_is_named_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_labels(tmp_path / name)
