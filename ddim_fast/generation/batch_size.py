@@ -25,6 +25,8 @@ def choose_batch_size(pipe: Any, num_images: int, labels: list[int] | None) -> i
     size = 1
     while size * 2 <= most and _fits_device(pipe, size * 2, labels):
         size *= 2
+    # The graphs of the trials would keep their memory.
+    pipe.repack()
     return size
 
 

@@ -139,8 +139,9 @@ def verify_command(ctx: click.Context, out: str, repair: bool, hashes: Any) -> N
     except JobError as error:
         _fail(ctx, 1, str(error))
     click.echo(result)
-    if repair and result.damaged:
-        click.echo(f"dropped {len(result.damaged)} damaged chunks; run the same `ddim-fast generate` command again")
+    if repair and (result.damaged or result.files):
+        dropped = f"{len(result.damaged)} damaged chunks" if result.damaged else ", ".join(result.files)
+        click.echo(f"dropped {dropped}; run the same `ddim-fast generate` command again")
     ctx.exit(0 if result.ok else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 
 class JobError(RuntimeError):
@@ -28,6 +29,8 @@ def explain(error: OSError, out: str) -> str:
         return f"no space left for {out} ({error.strerror}); free some and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot write to {out} ({error.strerror}); make it writable or choose another folder"
+    if error.errno == errno.ENOENT and error.filename and os.path.isdir(out):
+        return f"{error.filename} is missing; run `ddim-fast verify --repair {out}`, then the same command again"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
         return f"{out} is no longer the folder it was ({error}); bring it back, or choose another"
     return f"writing to {out} failed: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,30 +12,36 @@ from typing import Any
 
 import numpy as np
 
+from .errors import JobError
+from .formats.npz import PIXELS
 from .formats.png import write_png
 from .job import SETTINGS_FILE, Job
-from .store import FINISHED, Store, finish_record, open_store, record_name, write_finish_record
+from .store import FINISHED, RECORDS, Store, finish_record, open_store, record_name, write_finish_record
 
 GRID_IMAGES = 64
 
 
 def finish_job(job: Job, store: Store, finished: Mapping[int, Any]) -> None:
     """Write the files of the whole job and record that it is finished. Doing it again writes the same bytes."""
-    names = job.format.finish(job, store, finished)
-    kept = [name for name in finish_record(store).get("files", []) if name not in names]
-    write_finish_record(store, names + kept, complete=True)
+    files = job.format.finish(job, store, finished)
+    write_finish_record(store, {**finish_record(store).get("files", {}), **files}, complete=True)
 
 
 def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -> None:
     """Write a contact sheet of the first images: into the job's folder for a bare name, else where `grid` says."""
-    sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
+    try:
+        sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
+    except (FileNotFoundError, ValueError) as error:
+        raise JobError(
+            f"images are missing or damaged ({error}); run `ddim-fast verify --repair {store.out}`, then this again"
+        ) from error
     if sheet is None:
         return
     data = write_png(sheet, {})
     if "/" not in grid and os.sep not in grid:
         store.write(grid, data)
-        files = finish_record(store).get("files", [])
-        write_finish_record(store, [*(name for name in files if name != grid), grid], complete=True)
+        files = finish_record(store).get("files", {})
+        write_finish_record(store, {**files, grid: hashlib.sha256(data).hexdigest()}, complete=True)
     elif "://" in grid:
         folder, name = grid.rsplit("/", 1)
         open_store(folder).write(name, data)
@@ -73,8 +80,8 @@ def remove_job(job: Job, store: Store) -> int:
     Records go first and the settings last, so that a removal that is cut off leaves a job that can be resumed or
     removed again.
     """
-    made = finish_record(store).get("files", [])
-    store.remove([*(record_name(index) for index in range(job.num_chunks))])
+    made = list(finish_record(store).get("files", {}))
+    store.remove(record_name(index) for index in range(job.num_chunks))
     removed = store.remove(
         name for index in range(job.num_chunks) for name in job.format.files(job, job.chunk_seeds(index), index)
     )
@@ -83,9 +90,17 @@ def remove_job(job: Job, store: Store) -> int:
     return removed + store.remove([SETTINGS_FILE])
 
 
-def foreign_file(job: Job, store: Store) -> str | None:
+def forget_job(store: Store) -> None:
+    """Remove what `.ddim-fast` still knows of a job whose `job.json` somebody removed: its chunks count no more."""
+    store.remove([FINISHED, *(f"{folder}/{name}" for folder in (RECORDS, PIXELS) for name in store.names(folder))])
+
+
+def foreign_file(job: Job, store: Store, grid: str | bool) -> str | None:
     """A name that the job would write but that is already there, for a folder that holds no job; None without one."""
-    listed: dict[str, set[str]] = {}
+    listed = {"": set(store.names(""))}
+    for name in (*job.format.WHOLE, *([grid] if isinstance(grid, str) else [])):
+        if name in listed[""]:
+            return name
     for index in range(job.num_chunks):
         for name in job.format.files(job, job.chunk_seeds(index), index):
             folder, _, file = name.rpartition("/")

@@ -1,15 +1,25 @@
-"""Locks on a job's folder, held with `flock`: the kernel drops them when their owner dies, however it dies."""
+"""Locks on a job's folder, held with `flock`: the kernel drops them when their owner dies, however it dies.
+
+On a file system without locks (Lustre mounted without `flock`) a job runs unlocked, and says so.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from ..once import log_once
 from .errors import JobError
+
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
@@ -31,6 +41,12 @@ def locked(path: str, *, shared: bool = False, wait: bool = False) -> Iterator[N
             raise JobError(
                 f"another run{f' ({owner})' if owner else ''} is at work on this job; wait for it or stop it first"
             ) from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                log_once(logger, logging.WARNING, f"{path}: no locks here ({error.strerror}); start no second run")
+                break
+            os.close(handle)
+            raise
         os.close(handle)
     try:
         if not shared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import fsspec
@@ -29,10 +29,16 @@ class RemoteStore:
     @contextmanager
     def held(self, index: int, count: int) -> Iterator[None]:
         """No object store has a lock that dies with its owner; two runs at once would write equal bytes twice."""
-        self.prepare()
+        try:
+            self.prepare()
+        except OSError:
+            raise
+        except Exception as error:
+            # What a service's library raises, for example without credentials.
+            raise ValueError(f"cannot write to {self.out}: {error}") from error
         yield
 
-    def finishing(self) -> AbstractContextManager[None]:
+    def alone(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare(self) -> None:
@@ -44,8 +50,11 @@ class RemoteStore:
 
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
         paths = [self.path(name) for name in names]
-        found = self.fs.cat(paths, on_error="omit") if paths else {}
-        return [found.get(path) for path in paths]
+        found = self.fs.cat(paths, on_error="return") if paths else {}
+        for content in found.values():
+            if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
+                raise content
+        return [content if isinstance(content := found.get(path), bytes) else None for path in paths]
 
     def open(self, name: str) -> Any:
         return self.fs.open(self.path(name), "rb")
@@ -87,12 +96,18 @@ class RemoteStore:
             os.unlink(local)
 
     def remove(self, names: Iterable[str]) -> int:
-        removed = 0
+        by_folder: dict[str, list[str]] = {}
         for name in names:
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(self.path(name))
-                removed += 1
-        return removed
+            folder, _, file = name.rpartition("/")
+            by_folder.setdefault(folder, []).append(file)
+        there = [
+            self.path(f"{folder}/{file}" if folder else file)
+            for folder, files in by_folder.items()
+            for file in sorted(set(files).intersection(self.names(folder)))
+        ]
+        if there:
+            self.fs.rm(there)
+        return len(there)
 
     def close(self, finished: bool) -> None:
         """Nothing to flush: an object is durable once put."""

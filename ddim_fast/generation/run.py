@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
+from .batch_size import choose_batch_size
 from .errors import JobError, explain
 from .finish import finish_job, write_grid
 from .job import Chunk, Job
-from .plan import check_arguments, load_pipeline, plan
+from .plan import check_arguments, check_grid, check_ray, engine_of, load_pipeline, plan
 from .report import Progress, Report, add_times
 from .sampling import Sampler
 from .seeds import Seeds, as_seeds, find_shard, parse_shard
 from .store import Store, finish_record, is_finished, open_store, read_records, write_finish_record
 from .writing import Writer
-
-# Up to here a contact sheet may lie among the images; in a larger set it would be counted as one of them.
-GRID_BY_DEFAULT = 64
 
 
 def generate(
@@ -54,7 +52,8 @@ def generate(
     """Sample one image a seed into `out`, in a job that can be cut off at any moment and run again to go on.
 
     An image depends on its seed and label alone: the same bytes whatever the shard, the order or the number of runs,
-    at one batch size; at another batch size or on another device the same picture up to rounding.
+    at one batch size on one kind of device; at another batch size, on another device or with another number of CPU
+    threads (torchrun sets one) the same picture up to rounding.
 
     Args:
         pipe: a `DDIMPipeline`, or what `DDIMPipeline.from_pretrained` takes.
@@ -68,7 +67,7 @@ def generate(
         format: `"png"`, `"npz"`, `"webdataset"` or `"parquet"`.
         subdirs: put PNGs into folders of 1,000.
         device, dtype, engine: where and how to run; by default a pipeline stays as it is, and a name loads in float32
-            on this process's CUDA device or on the CPU.
+            on this process's CUDA device or on the CPU. With `ray`, `device` may only be the CPU.
         on_bad: `"stop"` at a NaN or infinite image, or `"skip"` and record it.
         overwrite: remove what a job wrote to `out`, and nothing else, and start anew.
         shard: `(k, n)` or `"k/n"`, shard k of n counted from 0; by default what torchrun's or Slurm's variables say.
@@ -81,23 +80,32 @@ def generate(
     Returns a `Report`. Raises `ValueError` for an argument that is wrong, including settings other than those of the
     job in `out`, and `JobError` if the job has to stop; finished chunks are safe then, and the same call goes on.
     """
-    index, count = parse_shard(shard) if shard is not None else find_shard()[:2]
+    # Ray divides the job by itself, also within a Slurm step.
+    index, count = parse_shard(shard) if shard is not None else (0, 1) if ray is not None else find_shard()[:2]
+    check_ray(ray, count, device, workers, gpus_per_worker)
     if overwrite and count > 1:
         raise ValueError(
             f"overwrite cannot be combined with shard {index}/{count}: each shard would delete the others' work; "
             "choose a new folder, or empty this one with a first run on shard 0/1"
         )
-    if ray is not None and count > 1:
-        raise ValueError(f"ray divides the job by itself; leave out shard {index}/{count}")
-    check_arguments(num_inference_steps, eta, batch_size, chunk_size, format, subdirs, device, dtype, on_bad)
+    check_arguments(num_inference_steps, eta, batch_size, chunk_size, format, subdirs, device, dtype, engine, on_bad)
     if format == "npz" and os.fspath(out).endswith(".npz"):
         raise ValueError(f"out names the job's folder, got {out}; its array will be samples.npz in that folder")
     seeds, source = as_seeds(seeds), pipe
+    grid = check_grid(grid, format, len(seeds))
     store = open_store(out, f"{index}-of-{count}")
     try:
-        with store.held(index, count):
+        with ExitStack() as stack:
+            stack.enter_context(store.held(index, count))
             name = os.fspath(pipe) if isinstance(pipe, str | os.PathLike) else None
-            pipe = load_pipeline(pipe, device, dtype, engine)
+            if ray is not None:
+                from .cluster import Cluster, connected
+
+                stack.enter_context(connected(ray))
+                cluster = Cluster(ray, source, device, dtype, engine, workers, gpus_per_worker)
+                pipe, choose = cluster.load(), cluster.choose_batch_size
+            else:
+                pipe, choose = load_pipeline(pipe, device, dtype, engine), choose_batch_size
             job = plan(
                 pipe,
                 name,
@@ -105,16 +113,16 @@ def generate(
                 store,
                 class_labels=class_labels,
                 batch_size=batch_size,
+                choose_batch_size=choose,
                 chunk_size=chunk_size,
                 overwrite=overwrite,
+                grid=grid,
                 num_inference_steps=num_inference_steps if timesteps is None else len(timesteps),
                 eta=float(eta),
                 timesteps=None if timesteps is None else [int(t) for t in timesteps],
                 format=format,
                 subdirs=subdirs,
             )
-            if grid is None:
-                grid = "grid.png" if format == "png" and len(seeds) <= GRID_BY_DEFAULT else False
             report = Report(store.out, format, total=len(seeds), shard=f"{index}/{count}", batch_size=job.batch_size)
             report.engine, report.device, report.dtype = engine_of(pipe), str(pipe.device), job.settings["dtype"]
             chunks, finished = job.shard(index, count), read_records(store)
@@ -128,12 +136,10 @@ def generate(
                 bar.event("start", total=report.shard_total, done=report.done, out=store.out, shard=report.shard)
                 start = time.perf_counter()
                 if ray is not None:
-                    from .cluster import run_on_ray
-
-                    run_on_ray(source, pipe, job, store, todo, on_bad, report, bar, ray, workers, gpus_per_worker)
+                    cluster.run(pipe, job, store, todo, on_bad, report, bar)
                 else:
                     run_here(pipe, job, store, todo, on_bad, report, bar)
-                _finish(job, store, report, "grid.png" if grid is True else grid)
+                _finish(job, store, report, grid)
                 store.close(report.complete)
                 report.seconds = time.perf_counter() - start
                 bar.event("done", **report.as_dict())
@@ -141,6 +147,9 @@ def generate(
                 with suppress(OSError):
                     store.close(finished=False)
                 safe = f"{report.done:,} of {report.shard_total:,} images are done and safe"
+                bar.event(
+                    "stopped", reason=str(error) or type(error).__name__, done=report.done, total=report.shard_total
+                )
                 if isinstance(error, JobError):
                     raise type(error)(f"{error}; {safe}") from error
                 if isinstance(error, OSError):
@@ -177,20 +186,12 @@ def run_here(
     report.time_in = add_times(sampler.seconds, writer.seconds)
 
 
-def engine_of(pipe: Any) -> str:
-    """The engine that `pipe` would run with."""
-    from .. import engine
-    from ..pipeline import DDIMPipeline
-
-    return engine.choose(pipe)[0] if isinstance(pipe, DDIMPipeline) else str(pipe.engine)
-
-
 def _finish(job: Job, store: Store, report: Report, grid: str | bool) -> None:
     finished = read_records(store)
     report.complete = all(index in finished for index in range(job.num_chunks))
     report.bad = sorted(seed for record in finished.values() for seed in record["bad"])
     if report.complete:
-        with store.finishing():
+        with store.alone():
             new = not is_finished(store)
             if new:
                 finish_job(job, store, finished)

@@ -16,6 +16,9 @@ from .job import Chunk, Job
 
 logger = logging.getLogger(__name__)
 
+# What PyTorch's CPU allocator, the CUDA runtime, cuDNN and cuBLAS say where no type of error tells.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 Emit = Callable[[Chunk, int, np.ndarray, np.ndarray], None]
 
 
@@ -73,10 +76,11 @@ class Sampler:
         while not self._fits(seeds, labels, images, bad):
             self.parts *= 2
         if self.parts > before:
+            part = -(-size // self.parts)
             logger.warning(
                 "out of memory at batch size %d; from here on batches run in %d parts of up to %d images "
                 "(which may differ by rounding from those of whole batches)",
-                size, self.parts, -(-size // self.parts),
+                size, -(-size // part), part,
             )  # fmt: skip
         done = None
         if self.cuda:
@@ -164,4 +168,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device's or the host's memory is full."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -7,17 +7,20 @@ and, while it runs, locks and temporary files.
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 from .lock import job_lock, locked
 
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 HIDDEN = ".ddim-fast"
 RECORDS = f"{HIDDEN}/chunks"
 DRAFTS = f"{HIDDEN}/tmp"
@@ -32,7 +35,7 @@ class Store(Protocol):
     out: str
 
     def held(self, index: int, count: int) -> AbstractContextManager[None]: ...
-    def finishing(self) -> AbstractContextManager[None]: ...
+    def alone(self) -> AbstractContextManager[None]: ...
     def read(self, name: str) -> bytes: ...
     def read_many(self, names: Sequence[str]) -> list[bytes | None]: ...
     def open(self, name: str) -> Any: ...
@@ -65,6 +68,7 @@ class LocalStore:
     def __init__(self, out: str, tag: str):
         self.out = os.path.abspath(os.path.expanduser(out))
         self.drafts = self.path(f"{DRAFTS}/{tag}")
+        self.parents = {"", HIDDEN, RECORDS}
 
     def path(self, name: str) -> str:
         return os.path.join(self.out, name)
@@ -73,10 +77,13 @@ class LocalStore:
     def held(self, index: int, count: int) -> Iterator[None]:
         """Hold shard `index` of `count` for this process, with the folders made and dead runs' drafts dropped.
 
-        Raises `JobError` if another run holds it.
+        Raises `JobError` if another run holds it, and `ValueError` if a file lies where the folder should.
         """
         made = not os.path.isdir(self.out)
-        os.makedirs(self.path(HIDDEN), exist_ok=True)
+        try:
+            os.makedirs(self.path(HIDDEN), exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"out must be a folder, got {self.out}: {error.filename} lies below a file") from None
         try:
             with job_lock(self.path(HIDDEN), index, count):
                 if count == 1:
@@ -93,8 +100,8 @@ class LocalStore:
                     with suppress(OSError):
                         os.rmdir(self.path(folder))
 
-    def finishing(self) -> AbstractContextManager[None]:
-        """Hold the right to write the files of the whole job, after waiting for a run that does."""
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold the right to write what belongs to the whole job, after waiting for a shard that does."""
         return locked(self.path(f"{HIDDEN}/finish.lock"), wait=True)
 
     def prepare(self) -> None:
@@ -131,16 +138,24 @@ class LocalStore:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists; whether this call wrote it. Safe between processes."""
+        """Write `name` unless it exists; whether this call wrote it. Safe between processes, also without locks."""
         draft = self._draft()
         try:
             with open(draft, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(draft, self.path(name))
-        except FileExistsError:
-            return False
+            try:
+                os.link(draft, self.path(name))
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # A file system without hard links: then what `alone` guards has to do.
+                if error.errno not in NO_LINKS:
+                    raise
+                if self.exists(name):
+                    return False
+                os.rename(draft, self.path(name))
         finally:
             with suppress(OSError):
                 os.unlink(draft)
@@ -195,13 +210,14 @@ class LocalStore:
         shutil.rmtree(self.path(DRAFTS) if finished else self.drafts, ignore_errors=True)
         with suppress(OSError):
             os.rmdir(self.path(DRAFTS))
-        if os.path.isdir(self.out):
-            sync_file_system(self.out)
+        for parent in sorted(self.parents):
+            _fsync_folder(self.path(parent))
 
     def _draft(self) -> str:
         return os.path.join(self.drafts, f"{threading.get_ident()}-{os.urandom(4).hex()}")
 
     def _make_parent(self, parent: str) -> None:
+        self.parents.add(parent)
         # One level at a time below `out`, so that a folder that vanished is an error and not made anew.
         at = self.out
         for part in parent.split("/") if parent else []:
@@ -277,18 +293,39 @@ def _fsync(path: str) -> None:
         os.close(handle)
 
 
+def _fsync_folder(path: str) -> None:
+    # Not every file system can flush a folder.
+    try:
+        _fsync(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS | {errno.EINVAL}:
+            raise
+
+
+def file_digest(store: Store, name: str) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with store.open(name) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_finished(store: Store) -> bool:
     """Whether the files of the whole job are written and no chunk was dropped since."""
     return bool(finish_record(store).get("complete"))
 
 
 def finish_record(store: Store) -> dict[str, Any]:
-    """`files`, the names of the files of the whole job, and whether they are `complete`; empty before the first."""
+    """`files`, those of the whole job with their digests, and whether they are `complete`; empty before the first."""
     with suppress(FileNotFoundError, ValueError):
         record: dict[str, Any] = json.loads(store.read(FINISHED))
         return record
     return {}
 
 
-def write_finish_record(store: Store, files: list[str], complete: bool) -> None:
-    store.write(FINISHED, (json.dumps({"files": files, "complete": complete}) + "\n").encode())
+def write_finish_record(store: Store, files: Mapping[str, str], complete: bool) -> None:
+    """`files`: the SHA-256 of each file of the whole job, empty where the format checks the file by itself."""
+    store.write(FINISHED, (json.dumps({"files": dict(files), "complete": complete}) + "\n").encode())

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .ahead import ahead
 from .errors import JobError
 from .job import Job, chunk_digest, read_job
-from .store import Store, finish_record, open_store, read_records, record_name, write_finish_record
+from .store import Store, file_digest, finish_record, open_store, read_records, record_name, write_finish_record
 
 THREADS = 4
 
 
 @dataclass
 class Verification:
-    """What `verify` found. `problems`: one line each. `damaged`: the chunks to make again. `bad`: seeds recorded as
-    left out. `images` decode and are those of their seeds; `images + len(bad) == total` if the job is `ok`."""
+    """What `verify` found. `problems`: one line each. `damaged`: the chunks to make again. `files`: the damaged files
+    of the whole job. `bad`: seeds recorded as left out. `images` decode and are those of their seeds;
+    `images + len(bad) == total` if the job is `ok`."""
 
     out: str
     total: int
     images: int = 0
     bad: list[int] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     missing: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -47,9 +48,9 @@ def verify(
 ) -> Verification:
     """Check the job in `out`: every seed once, every file decodes and has the bytes the job wrote, no strays.
 
-    `repair` drops the record of each damaged chunk, so that running the job again makes those alone. `hashes`
-    receives a line for each file, as `sha256sum -c` reads it. Raises `ValueError` if `out` holds no job, and
-    `JobError` if `repair` finds a run at work on it.
+    `repair` drops the record of each damaged chunk, so that running the job again makes those alone, and damaged files
+    of the whole job. `hashes` receives a line for each file, as `sha256sum -c` reads it. Raises `ValueError` if `out`
+    holds no job, and `JobError` if `repair` finds a run at work on it.
     """
     store = open_store(out, "verify")
     job = read_job(store)
@@ -61,28 +62,27 @@ def verify(
     result.missing = sum(len(job.chunk_seeds(index)) for index in missing)
     if missing:
         result.problems.append(f"{result.missing:,} images in {len(missing):,} chunks are not made yet")
-    with ThreadPoolExecutor(THREADS) as pool:
-        done = sorted(index for index in finished if index < job.num_chunks)
-        checks = _bounded(pool, lambda index: _check_chunk(job, store, index, finished), done)
-        bar = tqdm(checks, total=len(done), unit="chunk", disable=not progress)
-        for index, (found, problem) in zip(done, bar, strict=True):
-            result.bad += finished[index]["bad"]
-            if problem:
-                result.damaged.append(index)
-                result.problems.append(problem)
-            else:
-                result.images += found
-    result.problems += [
-        f"{name} is missing" for name in finish_record(store).get("files", []) if not store.exists(name)
-    ]
+    done = sorted(index for index in finished if index < job.num_chunks)
+    checks = ahead(lambda index: _check_chunk(job, store, index, finished), done, THREADS)
+    bar = tqdm(checks, total=len(done), unit="chunk", disable=not progress)
+    for index, (found, problem) in zip(done, bar, strict=True):
+        result.bad += finished[index]["bad"]
+        if problem:
+            result.damaged.append(index)
+            result.problems.append(problem)
+        else:
+            result.images += found
+    for name, problem in _check_whole(job, store):
+        result.files.append(name)
+        result.problems.append(f"{name} {problem}")
     if not missing and not finish_record(store).get("complete"):
         result.problems.append("the files of the whole job are not written yet; run the same command again")
     result.problems += [f"{name} is not of this job" for name in _strays(job, store)]
     if hashes is not None:
         _write_hashes(job, store, hashes)
-    if repair and result.damaged:
+    if repair and (result.damaged or result.files):
         with store.held(0, 1):
-            write_finish_record(store, finish_record(store).get("files", []), complete=False)
+            write_finish_record(store, finish_record(store).get("files", {}), complete=False)
             store.remove(record_name(index) for index in result.damaged)
             store.close(finished=True)
     return result
@@ -104,15 +104,18 @@ def _check_chunk(job: Job, store: Store, index: int, finished: dict[int, Any]) -
     return images, None
 
 
-def _bounded(pool: ThreadPoolExecutor, work: Any, items: list[int]) -> Iterator[Any]:
-    """`pool.map` that runs only a little ahead, so that a large job's results do not pile up."""
-    ahead = [pool.submit(work, item) for item in items[: 2 * THREADS]]
-    for following in range(2 * THREADS, len(items) + 2 * THREADS):
-        if not ahead:
-            return
-        yield ahead.pop(0).result()
-        if following < len(items):
-            ahead.append(pool.submit(work, items[following]))
+def _check_whole(job: Job, store: Store) -> Iterator[tuple[str, str]]:
+    """Name and problem of each damaged file of the whole job."""
+    for name, digest in finish_record(store).get("files", {}).items():
+        try:
+            if digest and file_digest(store, name) != digest:
+                yield name, "does not hold the bytes that were written"
+            elif not digest:
+                job.format.check_whole(store, name)
+        except FileNotFoundError:
+            yield name, "is missing"
+        except (OSError, ValueError) as error:
+            yield name, f"is damaged: {error}"
 
 
 def _all_files(job: Job, store: Store) -> Iterator[str]:
@@ -122,7 +125,7 @@ def _all_files(job: Job, store: Store) -> Iterator[str]:
             bad = set(records[index]["bad"])
             seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
             yield from job.format.files(job, seeds, index)
-    yield from finish_record(store).get("files", [])
+    yield from finish_record(store).get("files", {})
 
 
 def _strays(job: Job, store: Store) -> list[str]:
@@ -143,8 +146,4 @@ def _strays(job: Job, store: Store) -> list[str]:
 def _write_hashes(job: Job, store: Store, hashes: TextIO) -> None:
     for name in _all_files(job, store):
         if store.exists(name):
-            digest = hashlib.sha256()
-            with store.open(name) as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            hashes.write(f"{digest.hexdigest()}  {name}\n")
+            hashes.write(f"{file_digest(store, name)}  {name}\n")

@@ -71,9 +71,18 @@ class Writer:
         self.encoders.submit(self._encode, self.open[chunk.index], offset, images, bad)
 
     def close(self) -> None:
-        """Wait for every complete chunk to be on disk; raise the first error of any thread."""
-        self.encoders.shutdown()
-        self.committer.shutdown()
+        """Wait for every complete chunk to be on disk; raise the first error of any thread.
+
+        Interrupted (a second Ctrl-C), it drops what is still to be written and raises once no thread writes any more.
+        """
+        try:
+            self.encoders.shutdown()
+            self.committer.shutdown()
+        except BaseException as error:
+            self.error = self.error or error
+            self.encoders.shutdown()
+            self.committer.shutdown()
+            raise
         self._raise()
 
     def _encode(self, state: _Open, offset: int, images: np.ndarray, bad: np.ndarray) -> None:

@@ -3,11 +3,10 @@
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_jobs import FakePipeline, make, tree
+from fake_jobs import FakePipeline, FakeScheduler, make, tree
 
 from ddim_fast.generation import verify
 from ddim_fast.generation.cluster import ChunkWorker
@@ -24,9 +23,9 @@ class DyingPipeline(FakePipeline):
     def __init__(self, unet=None, scheduler=None, once=""):
         super().__init__()
         if unet is not None:
-            self.unet, self.scheduler, self.once = unet, SimpleNamespace(config=scheduler.config), scheduler.once
+            self.unet, self.once = unet, scheduler.once
         else:
-            self.scheduler = SimpleNamespace(config={"steps": 1000}, once=once)
+            self.scheduler = FakeScheduler(once=once)
 
     @property
     def components(self):
@@ -79,9 +78,9 @@ def test_killing_a_worker_in_mid_job_loses_and_duplicates_nothing(tmp_path, clus
 
 def worker(out, pipe, monkeypatch, todo=(0, 1, 2)):
     """An actor's object, in this process."""
-    monkeypatch.setattr("ddim_fast.generation.cluster._pipeline", lambda model, job: pipe)
+    monkeypatch.setattr("ddim_fast.generation.cluster._pipeline", lambda *how: pipe)
     job = read_job(open_store(out))
-    return ChunkWorker("model", job, str(out), list(todo), "stop")
+    return ChunkWorker("model", job, str(out), list(todo), "stop", 0.0)
 
 
 def rows(worker, *positions):

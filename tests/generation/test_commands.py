@@ -61,6 +61,12 @@ def test_progress_as_json_lines(tmp_path, model):
     result = run(generate_command, "MODEL", "--class", 1, "--out", tmp_path, "--log-json")
     events = [json.loads(line) for line in result.stdout.splitlines()]
     assert [event["event"] for event in events] == ["start", "progress", "done"]
+    model.bad = {40}
+    arguments = ("--class", 1, "--batch", 8, "--chunk-size", 8, "--out", tmp_path / "bad", "--log-json")
+    result = run(generate_command, "MODEL", *arguments)
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert (last["event"], last["done"], last["total"]) == ("stopped", 40, 64)
+    assert "seeds 40" in last["reason"]
 
 
 def test_a_shard_says_where_it_was_read(tmp_path, model, monkeypatch):
@@ -85,6 +91,11 @@ def test_a_shard_says_where_it_was_read(tmp_path, model, monkeypatch):
         (("--device", "cuda:99"), "device must be"),
         (("--steps", "0"), "num_inference_steps must be"),
         (("--shard", "2/2"), "shards count from 0"),
+        (("--workers", "2"), "workers is 2, but applies to ray alone"),
+        (("--class", "9" * 20), "holds 99999999999999999999"),
+        (("--steps", "2000"), "num_inference_steps must be 1 to 1000, got 2000"),
+        (("--grid", "/nowhere/a.png"), "no folder /nowhere"),
+        (("--seeds", f"0-{2**63 - 1}"), "at most"),
         (("--grid", "a.png", "--no-grid"), "exclude each other"),
         (("--format", "npz", "--subdirs"), "subdirs"),
     ],
@@ -119,7 +130,10 @@ def test_verify_exits_1_for_a_damaged_job_and_2_without_one(tmp_path):
     result = run(verify_command, tmp_path, "--repair")
     assert result.exit_code == 1
     assert "chunk 0 (seeds 0 to 9) is damaged" in result.output
-    assert "run the same `ddim-fast generate` command again" in result.output
+    assert "dropped 1 damaged chunks; run the same `ddim-fast generate` command again" in result.output
+    make(tmp_path, "0-9")
+    (tmp_path / "metadata.jsonl").unlink()
+    assert "dropped metadata.jsonl; run the same" in run(verify_command, tmp_path, "--repair").output
 
 
 def test_help_teaches_with_examples():
@@ -142,6 +156,7 @@ def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, model, 
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(120)
             sys.stderr = os.fdopen(writing, "w", buffering=1)
             sample = model.sample_uint8
 
@@ -160,8 +175,7 @@ def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, model, 
             os._exit(99)
     os.close(writing)
     with os.fdopen(reading, errors="replace") as said:
-        while "ready" not in said.readline():
-            pass
+        assert any("ready" in line for line in said), "the job ended before the signal"
         os.kill(child, number)
         rest = said.read()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code

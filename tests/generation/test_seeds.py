@@ -3,6 +3,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from fake_jobs import FakePipeline, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def test_seeds_are_read_as_edm_reads_them_and_keep_their_order(text, expected):
         ("-4", "-4"),
         ("1-9,4", "4 twice"),
         (str(2**63), "too large"),
+        (f"0-{2**63 - 1}", "9,223,372,036,854,775,808 images; a job takes at most"),
     ],
 )
 def test_a_wrong_seed_is_named(text, names):
@@ -51,7 +53,12 @@ def test_a_repeated_seed_in_a_list_is_named():
         as_seeds([1, 5, 9, 5])
 
 
-@pytest.mark.parametrize("wrong", [[-1], np.array([0.5]), [[1, 2]]])
+def test_seeds_may_be_arrays_of_any_integer_type_and_single_numbers():
+    assert list(as_seeds(np.array([255, 0, 1], np.uint8))) == [255, 0, 1]
+    assert list(as_seeds(np.int64(7))) == list(as_seeds(7)) == [7]
+
+
+@pytest.mark.parametrize("wrong", [[-1], np.array([0.5]), [[1, 2]], [2**70], [3, -(2**70)]])
 def test_seeds_that_are_not_natural_numbers_are_refused(wrong):
     with pytest.raises((ValueError, TypeError), match="seeds must"):
         as_seeds(wrong)
@@ -63,23 +70,29 @@ def test_no_seeds_are_refused():
             as_seeds(empty)
 
 
-def test_a_million_seeds_are_planned_within_a_second_and_fifty_megabytes():
-    from ddim_fast.generation.job import Job
+def test_a_million_seeds_are_planned_within_a_second_and_fifty_megabytes(tmp_path):
+    class Planned(Exception):
+        pass
 
-    def plan():
-        seeds = parse_seeds("0-999999")
-        job = Job(seeds, None, {"batch_size": 64, "chunk_size": 256, "format": "png", "subdirs": True})
-        return sum(len(job.chunk_seeds(index)) for index in job.missing({}))
+    class AtTheFirstBatch(FakePipeline):
+        def sample_uint8(self, **_):
+            raise Planned
+
+    def plan(number):
+        with pytest.raises(Planned):
+            make(
+                tmp_path / str(number), "0-999999", pipe=AtTheFirstBatch(), batch_size=64, chunk_size=256, subdirs=True
+            )
 
     spent = []
-    for _ in range(3):
+    for number in range(3):
         # This thread's processor time: what else the machine does, and tracing memory, would count as planning.
         start = time.thread_time()
-        assert plan() == 1_000_000
+        plan(number)
         spent.append(time.thread_time() - start)
     assert min(spent) < 1
     tracemalloc.start()
-    plan()
+    plan(3)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50e6
@@ -109,6 +122,8 @@ def test_shards_come_from_torchrun_and_slurm():
     array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in dict(ID=6, MIN=5, MAX=7, COUNT=3).items()}
     assert find_shard(array)[:2] == (1, 3)
     assert find_shard({**step, **array})[:2] == (1 * 4 + 2, 12)
+    by_tens = dict(zip(array, ["30", "10", "40", "4"], strict=True)) | {"SLURM_ARRAY_TASK_STEP": "10"}
+    assert find_shard(by_tens)[:2] == (2, 4)
     assert find_shard({**step, "RANK": "0", "WORLD_SIZE": "2"})[:2] == (0, 2)
 
 

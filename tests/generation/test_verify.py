@@ -45,6 +45,35 @@ def test_missing_files_are_found(tmp_path, format):
     assert verify(tmp_path).ok
 
 
+@pytest.mark.parametrize(("format", "name"), [("png", "metadata.jsonl"), ("png", "grid.png"), ("npz", "samples.npz")])
+def test_damaged_files_of_the_whole_job_are_found_and_written_again_without_sampling(tmp_path, format, name):
+    def job(pipe):
+        make(tmp_path, "0-49", pipe=pipe, format=format, class_labels="uniform")
+
+    job(FakePipeline(classes=10))
+    whole = tree(tmp_path)
+    data = bytearray(whole[name])
+    # In the array of all images the pixels end at 50 * 192; the labels follow.
+    at = data.index(b"arr_1.npy") + 300 if format == "npz" else len(data) // 2
+    data[at] ^= 1
+    (tmp_path / name).write_bytes(data)
+    found = verify(tmp_path, repair=True)
+    assert (found.ok, found.damaged, found.files) == (False, [], [name])
+    pipe = FakePipeline(classes=10)
+    job(pipe)
+    assert not pipe.calls
+    assert tree(tmp_path) == whole
+
+
+def test_a_missing_table_is_written_again(tmp_path):
+    make(tmp_path)
+    whole = tree(tmp_path)
+    os.unlink(tmp_path / "metadata.jsonl")
+    assert verify(tmp_path, repair=True).problems == ["metadata.jsonl is missing"]
+    make(tmp_path)
+    assert tree(tmp_path) == whole
+
+
 def test_an_intact_picture_of_another_seed_is_found(tmp_path):
     make(tmp_path)
     shutil.copy(tmp_path / "000001.png", tmp_path / "000002.png")

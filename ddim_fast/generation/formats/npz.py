@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..ahead import ahead
 from ..errors import JobError
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from ..store import Store
 
 ARRAY = "samples.npz"
+WHOLE = [ARRAY]
+PIXELS = ".ddim-fast/pixels"
 
 
 def files(job: Job, seeds: Sequence[int], index: int) -> list[str]:
-    return [f".ddim-fast/pixels/{index:06d}"]
+    return [f"{PIXELS}/{index:06d}"]
 
 
 def encode(job: Job, image: np.ndarray, seed: int, label: int | None) -> bytes:
@@ -64,32 +67,54 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
     yield from pixels.reshape(len(seeds), *job.image_shape)
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> list[str]:
-    from ..job import chunk_digest
+def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+    def take(index: int) -> tuple[bytes, list[int]]:
+        return _take(job, store, index, finished)
 
     total = sum(finished[index]["images"] for index in range(job.num_chunks))
     labels: list[int] = []
     with store.scratch(ARRAY) as draft, zipfile.ZipFile(draft, "w") as archive:
         with _member(archive, "arr_0") as member:
             _write_header(member, np.dtype(np.uint8), (total, *job.image_shape))
-            for index in range(job.num_chunks):
-                chunk, bad = job.chunk(index), set(finished[index]["bad"])
-                kept = [at for at, seed in enumerate(chunk.seeds) if seed not in bad]
-                (pixels,) = contents(job, store, [chunk.seeds[at] for at in kept], index, finished)
-                if chunk_digest([pixels]) != finished[index]["sha256"]:
-                    raise JobError(
-                        f"chunk {index} of {ARRAY} is damaged; run `ddim-fast verify --repair {store.out}`, "
-                        "then this command again"
-                    )
+            # A thread reads and checks the next chunks while this one writes.
+            for pixels, chunk_labels in ahead(take, range(job.num_chunks), threads=1):
                 member.write(pixels)
-                if chunk.labels is not None:
-                    labels += [chunk.labels[at] for at in kept]
+                labels += chunk_labels
         if job.settings["class_labels"] is not None:
             with _member(archive, "arr_1") as member:
                 _write_header(member, np.dtype(np.int64), (total,))
                 member.write(np.asarray(labels, np.int64).tobytes())
     store.remove(files(job, [], index)[0] for index in range(job.num_chunks))
-    return [ARRAY]
+    return {ARRAY: ""}
+
+
+def _take(job: Job, store: Store, index: int, finished: Mapping[int, Any]) -> tuple[bytes, list[int]]:
+    """The pixels of a chunk, which are as they were written, and its labels."""
+    from ..job import chunk_digest
+
+    chunk, bad = job.chunk(index), set(finished[index]["bad"])
+    kept = [at for at, seed in enumerate(chunk.seeds) if seed not in bad]
+    try:
+        (pixels,) = contents(job, store, [chunk.seeds[at] for at in kept], index, finished)
+    except FileNotFoundError:
+        pixels = b""
+    if chunk_digest([pixels]) != finished[index]["sha256"]:
+        raise JobError(
+            f"chunk {index} of {ARRAY} is damaged; run `ddim-fast verify --repair {store.out}`, "
+            "then this command again"
+        )
+    return pixels, [chunk.labels[at] for at in kept] if chunk.labels is not None else []
+
+
+def check_whole(store: Store, name: str) -> None:
+    """Read all of the file: a zip carries a checksum of each array."""
+    try:
+        with store.open(name) as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(str(error)) from None
+    if damaged:
+        raise ValueError(f"{damaged.removesuffix('.npy')} is damaged")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

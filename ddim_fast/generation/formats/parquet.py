@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..store import Store
 
-__all__ = ["contents", "decode", "encode", "files", "finish", "pack"]
+__all__ = ["WHOLE", "contents", "decode", "encode", "files", "finish", "pack"]
+
+WHOLE: list[str] = []
 
 
 def files(job: Job, seeds: Sequence[int], index: int) -> list[str]:
@@ -59,5 +61,5 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
         yield read_png(image["bytes"], seed, job.image_shape)
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> list[str]:
-    return []
+def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+    return {}
