@@ -16,8 +16,11 @@ BLOCK_CHANNELS = 64
 # A cache sector holds 32 bytes; 16 elements fill it in half precision.
 SECTOR_BYTES = 32
 MIN_BLOCK_CHANNELS = 16
-SINGLE_ELEMENTS = 32768
-APPLY_ELEMENTS = 4096
+# 32 values a thread: with 64, ptxas spills on sm_100, and a multiprocessor holds one program at a time.
+SINGLE_ELEMENTS = 16384
+WIDER_ELEMENTS = 8192
+# 32 bytes a thread, of 256 threads.
+APPLY_BYTES = 8192
 ROW_ELEMENTS = 2048
 PARTIAL_ELEMENTS = 1024
 
@@ -80,7 +83,7 @@ def single_tile(
     # Wider rows while tiles stay small and enough of them remain to fill the chip.
     for groups in range(best.groups + 1, min(num_groups, 8) + 1):
         wider = tile(groups)
-        small = wider.block_n * wider.block_c <= SINGLE_ELEMENTS // 4
+        small = wider.block_n * wider.block_c <= WIDER_ELEMENTS
         if num_groups % groups == 0 and small and batch * num_groups // groups >= 2 * multiprocessors:
             best = wider
     return best
@@ -108,6 +111,6 @@ def apply_tile(
             break
     block_c = triton.next_power_of_2(groups * channels_per_group)
     wanted = max(fewest, min(1024, columns * rows // (4 * multiprocessors)))
-    block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_ELEMENTS // block_c))
-    num_warps = min(max(block_n * block_c // 512, 1), 8)
+    block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_BYTES // itemsize // block_c))
+    num_warps = min(max(block_n * block_c * itemsize // 1024, 1), 8)
     return Tile(groups, triton.cdiv(wanted, block_n) * block_n, block_n, block_c, num_warps)
