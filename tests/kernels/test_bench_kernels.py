@@ -1,6 +1,9 @@
 """The kernel benchmark, as far as it runs without a card: its cases, its checks and its arithmetic."""
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +89,80 @@ def test_without_a_card_the_benchmark_says_what_it_needs():
     assert set(load("bench_kernels").ways(load("kernel_cases").CASES["to_uint8"](1, 8, torch.float16, "cpu"))) == set(
         load("bench_kernels").WAYS
     )
+
+
+DOUBLES = '''
+"""A card that computes at once, on the CPU through the interpreter: for `pytest -p doubles`."""
+
+import contextlib
+import time
+
+import torch
+
+
+class Stream:
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return (other.time - self.time) * 1e3 + 1e-3
+
+
+class Graph:
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+torch.cuda.is_available = lambda: True
+torch.cuda.Stream = Stream
+torch.cuda.Event = Event
+torch.cuda.CUDAGraph = Graph
+torch.cuda.current_stream = Stream
+torch.cuda.stream = torch.cuda.graph = lambda _: contextlib.nullcontext()
+torch.cuda.synchronize = lambda: None
+
+
+def pytest_collection_modifyitems(items):
+    bench = items[0].module
+    bench.DEVICE, bench.BATCH, bench.SIZE, bench.COPY_BYTES, bench.WORKING_SET = "cpu", 1, 8, 2**12, 2**12
+
+
+# Dynamo would ask the card; that every expression compiles has its own test.
+torch.compile = lambda function, fullgraph: function
+'''
+
+
+def test_the_benchmark_runs_to_its_end_on_a_double_of_a_card(tmp_path):
+    (tmp_path / "doubles.py").write_text(DOUBLES)
+    file = tmp_path / "result.json"
+    # Without workers: pytest-benchmark measures nothing in one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), BENCHMARKS]), "TRITON_INTERPRET": "1"}
+    arguments = ["-q", "-p", "doubles", "-p", "no:xdist", "-p", "no:cacheprovider", f"--benchmark-json={file}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "bench_kernels.py", "-k", "to_uint8 or philox_normal or 256"],
+        cwd=BENCHMARKS,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+    rows = json.loads(file.read_text())["benchmarks"]
+    assert {row["group"] for row in rows} == {"to_uint8", "philox_normal", "attention_256"}
+    assert len(rows) == 3 * len(load("bench_kernels").WAYS)
+    for row in rows:
+        assert row["extra_info"]["GB/s"] > 0 and row["extra_info"]["fraction_of_copy"] > 0
+    assert done.stdout.count("of a copy's") == len(rows)
