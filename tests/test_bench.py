@@ -178,6 +178,37 @@ def test_what_disagrees_is_refused_and_never_timed(folder, monkeypatch, no_cold,
     assert out.splitlines()[-1] == "batch 1: plain is our fastest engine; no peer was timed"
 
 
+def test_a_reference_that_does_not_fit_is_made_in_parts():
+    sizes = []
+
+    def sample(part):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return 2 * part
+
+    latents = torch.arange(5.0)
+    assert torch.equal(agreement.in_parts(sample, latents), 2 * latents)
+    assert sizes == [5, 3, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        agreement.in_parts(lambda part: sample(torch.zeros(3)), latents)
+
+
+def test_a_batch_without_a_reference_is_not_timed_and_the_others_are(folder, monkeypatch, no_cold):
+    reference = agreement.reference
+
+    def limited(folder, device, dtype, batch, steps):
+        if batch > 1:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB\nmore advice")
+        return reference(folder, device, dtype, batch, steps)
+
+    monkeypatch.setattr(agreement, "reference", limited)
+    results = measuring.measure(["plain", "fused"], folder, CPU, torch.float32, [2, 1], 1, 1, lambda line: None)
+    assert [(timing.name, timing.batch) for timing in results.timings] == [("plain", 1), ("fused", 1)]
+    reason = "not timed: no reference to compare with, out of memory: tried to allocate 9 GiB"
+    assert results.not_run == [NotRun(name, reason, 2) for name in ("plain", "fused")]
+
+
 def test_it_says_what_could_not_run_and_why(folder, monkeypatch, no_cold):
     def sample(batch, steps):
         raise torch.OutOfMemoryError("tried to allocate 9 GiB\nmore advice")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ def precision(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def reference(folder: Path, device: torch.device, dtype: torch.dtype, batch: int, steps: int) -> Tensor:
-    """The images of the plain engine in float32 without TF32, from the weights and the noise as rounded to `dtype`."""
+    """The images of the plain engine in float32 without TF32, from the weights and the noise as rounded to `dtype`.
+
+    Where the batch does not fit the memory they are made in parts; raises torch.OutOfMemoryError if one does not.
+    """
     from .. import DDIMPipeline
     from ..noise import randn_tensor
     from ..pipeline import image_size
@@ -41,10 +46,30 @@ def reference(folder: Path, device: torch.device, dtype: torch.dtype, batch: int
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            images: Tensor = pipe(batch, latents=latents, num_inference_steps=steps, output_type="pt", **labels).images
+            return in_parts(
+                lambda part: (
+                    pipe(len(part), latents=part, num_inference_steps=steps, output_type="pt", **labels).images
+                ),
+                latents,
+            )
     finally:
         matmul.allow_tf32 = before
-    return images.cpu()
+
+
+def in_parts(sample: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """`sample` of all of `latents`, on the host; halved for as long as it runs out of memory."""
+    size = len(latents)
+    while True:
+        try:
+            return torch.cat([sample(part).cpu() for part in latents.split(size)])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # The exception held what had been allocated.
+        gc.collect()
+        if latents.is_cuda:
+            torch.cuda.empty_cache()
+        size = -(-size // 2)
 
 
 def disagreement(name: str, images: Tensor, expected: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:

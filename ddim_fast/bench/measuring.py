@@ -107,8 +107,15 @@ def measure(
         expected = None
         if contenders:
             say(f"batch {batch}: checking that the images agree")
-            expected = agreement.reference(folder, device, dtype, batch, steps)
-        ready, counts = {}, {}
+            try:
+                expected = agreement.reference(folder, device, dtype, batch, steps)
+            except torch.OutOfMemoryError as error:
+                reason = f"not timed: no reference to compare with, out of memory: {first_line(error)}"
+                results.not_run += [NotRun(name, reason, batch) for name in contenders]
+                continue
+            free(device)
+        ready: dict[str, Sample] = {}
+        counts: dict[str, dict[str, float]] = {}
         for name, sample in contenders.items():
             try:
                 assert expected is not None
@@ -127,7 +134,6 @@ def measure(
             results.timings.append(Timing(name, batch, steps, seconds, counts[name]))
     # The cold processes need the device's memory.
     contenders.clear()
-    ready = {}
     free(device)
     measure_cold(results, folder, device, dtype, steps, say)
     return results
