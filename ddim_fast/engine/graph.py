@@ -188,9 +188,13 @@ def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Cap
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is theirs.
         recording = torch.cuda.graph(graph, pool=cache.pool, stream=cache.stream, capture_error_mode="thread_local")
-        with workspaces_of_its_own(), recording:
-            for index in range(len(window)):
-                run_step(state, predict, run.update, index)
+        try:
+            with workspaces_of_its_own(), recording:
+                for index in range(len(window)):
+                    run_step(state, predict, run.update, index)
+        finally:
+            # PyTorch leaves the stream of a capture that cannot be ended the current one.
+            torch.cuda.set_stream(current)
         return Captured(graph, state)
 
 

@@ -93,6 +93,7 @@ class Recorder:
         self.captures, self.replays, self.captured_operators, self.replay_operators = [], 0, [], []
         self.fail_with, self.waits, self.ends, self.streams = None, [], 0, 0
         self.workspaces, self.captured_storages, self.replays_at_capture, self.capturing = [], [], [], False
+        self.current = []
 
     def install(self, monkeypatch):
         recorder = self
@@ -140,6 +141,7 @@ class Recorder:
             "stream": lambda stream: contextlib.nullcontext(),
             "current_stream": lambda device=None: Name("current"),
             "graph_pool_handle": lambda: "pool",
+            "set_stream": lambda stream: recorder.current.append(str(stream)),
             "CUDAGraph": Graph,
             "graph": capturing,
             "device": lambda device: contextlib.nullcontext(),
@@ -349,7 +351,7 @@ def test_weights_in_training_keep_their_layout(fake):
 
 
 def test_a_model_of_diffusers_keeps_its_weights_and_its_layout(fake, recorder):
-    theirs = unet_on_the_card(diffusers.UNet2DModel)
+    theirs = unet_on_the_card(diffusers.UNet2DModel).requires_grad_(False)
     before = layouts(theirs)
     pipe = DDIMPipeline(theirs, HostScheduler())
     pipe.scheduler = HostScheduler()
@@ -450,6 +452,7 @@ def test_what_cannot_be_captured_runs_step_by_step(fake, recorder, caplog):
     assert "a graph cannot hold them: operation not permitted" in caplog.text
     run(pipe, steps=3)
     assert caplog.text.count("a graph cannot hold them") == 1
+    assert recorder.current == ["current"]
 
 
 def test_running_out_of_memory_names_a_batch_that_fits(fake, recorder, monkeypatch):
