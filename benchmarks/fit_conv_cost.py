@@ -1,6 +1,6 @@
 """Fit the figures by which the CPU engine chooses between Winograd and the direct conv.
 
-    python benchmarks/fit_conv_cost.py [--rounds 9] [--threads 1]
+    python benchmarks/fit_conv_cost.py [--rounds 9] [--threads 2] [--operators]
 
 Times both on the layers of the CIFAR-10 and LSUN models and shapes between them, one after the other, with the caches
 swept before each call as the rest of a network would. Prints the coefficients for `ddim_fast/engine/cpu_conv.py`, and
@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from ddim_fast.engine import cpu_conv
+from ddim_fast.engine import cpu_conv, native
 from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
 
 # batch, side of the input, channels in and out, behind an upsampling
@@ -87,7 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--operators", action="store_true", help="PyTorch's operators in place of the C kernels")
     options = parser.parse_args()
+    if options.operators:
+        native.library = lambda: None
     torch.set_num_threads(options.threads)
     sweep = torch.randn(12 << 20)
     with torch.no_grad():
@@ -104,7 +107,7 @@ def main() -> None:
         ratio, predicted = taken[0] / taken[1], guess[0] / guess[1]
         wrong = "  wrong" if (ratio > 1) != (predicted > 1) else ""
         print(f"{shape!s:26} {taken[0] * 1e3:7.2f}ms {taken[1] * 1e3:7.2f}ms {ratio:5.2f}  {predicted:5.2f}{wrong}")
-    for name, cost in zip(("DIRECT_COST", "WINOGRAD_COST"), costs, strict=True):
+    for name, cost in zip(("DIRECT_COST", "OPERATORS_COST" if options.operators else "WINOGRAD_COST"), costs, strict=True):
         print(f"{name} = ({', '.join(f'{value:.2g}' for value in cost)})")
     print(f"mean time over the best choice: {chosen / best:.3f} (always direct: {direct / best:.3f})")
 

@@ -19,7 +19,7 @@ from . import cpu_conv
 class Conv:
     """A convolution: weight (Cout, Cin, k, k), channels last on CUDA, and float32 bias (Cout,).
 
-    `cpu` is what `cpu_conv` runs in its place, where it can (3x3, stride 1, on the CPU); `exact` keeps it to the
+    `cpu` is what `cpu_conv` runs in its place, where it can (3x3, on the CPU); `exact` keeps it to the
     direct convolution.
     """
 
@@ -73,8 +73,8 @@ def pack_conv(module: nn.Conv2d, pad_right_bottom: bool = False, exact: bool = F
         weight, padding, pad_right_bottom = padded_weight(weight), 1, False
     elif weight.is_cuda:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    elif biases_fold(weight) and module.kernel_size == (3, 3) and module.stride == (1, 1):
-        cpu = cpu_conv.pack_conv3x3(weight)
+    elif biases_fold(weight) and module.kernel_size == (3, 3) and (pad_right_bottom or padding == 1):
+        cpu = cpu_conv.pack_conv3x3(weight, module.stride[0], pad_right_bottom)
     return Conv(weight, float_bias(module), module.stride[0], padding, pad_right_bottom, cpu, exact)
 
 
@@ -133,7 +133,7 @@ def bare(x: Tensor, conv: Conv, bias: Tensor | None = None) -> Tensor:
 def conv_before_norm(x: Tensor, conv: Conv | UpsampleConv, vector: Tensor) -> tuple[Tensor, Tensor | None]:
     """Convolve and add `vector`, float32 (Cout,) or (B, Cout); or leave it: (output, what the norm must add)."""
     if conv.cpu is not None:
-        return cpu_conv.conv3x3(x, conv.cpu, bias=vector, exact=conv.exact), None
+        return cpu_conv.conv3x3(x, conv.cpu, bias=vector, exact=conv.exact, passing=True), None
     if isinstance(conv, UpsampleConv):
         from ..kernels import interleave
 
@@ -141,8 +141,10 @@ def conv_before_norm(x: Tensor, conv: Conv | UpsampleConv, vector: Tensor) -> tu
     return bare(x, conv), vector
 
 
-def conv_to_residual(x: Tensor, conv: Conv, bias: Tensor, residual: Tensor, output_scale_factor: float) -> Activation:
-    """(conv(x) + bias + residual) / output_scale_factor, with statistics."""
+def conv_to_residual(
+    x: Tensor, conv: Conv, bias: Tensor, residual: Tensor, output_scale_factor: float, residual_is_free: bool = False
+) -> Activation:
+    """(conv(x) + bias + residual) / output_scale_factor, with statistics; a free `residual` may be overwritten."""
     if conv.cpu is not None:
         return Activation(
             cpu_conv.conv3x3(
@@ -151,6 +153,7 @@ def conv_to_residual(x: Tensor, conv: Conv, bias: Tensor, residual: Tensor, outp
                 bias=bias,
                 residual=residual,
                 output_scale_factor=output_scale_factor,
+                out=residual if residual_is_free else None,
                 exact=conv.exact,
             )
         )

@@ -9,21 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import WinogradWeight, block_tiles, has_onednn, winograd_conv3x3
+from . import native
+from .winograd import WinogradWeight, block_tiles, has_onednn, winograd_conv3x3, workspace
 
 
 @dataclass
 class PackedConv:
-    """A 3x3 filter (Cout, Cin, 3, 3) and the packed forms made of it so far; `upsample`: behind a nearest 2x one."""
+    """A 3x3 filter (Cout, Cin, 3, 3) and the packed forms made of it so far; `upsample`: behind a nearest 2x one.
+
+    With a `stride` of 2 the direct conv alone takes it; `right_bottom`: padded there only, and not all around.
+    """
 
     weight: Tensor
     upsample: bool = False
+    stride: int = 1
+    right_bottom: bool = False
     forms: dict[str, Tensor | WinogradWeight] = field(default_factory=dict)
 
 
-def pack_conv3x3(weight: Tensor) -> PackedConv:
-    """Pack the filter (Cout, Cin, 3, 3) of a conv with stride 1 and padding 1; nothing is copied before first use."""
-    return PackedConv(weight.detach())
+def pack_conv3x3(weight: Tensor, stride: int = 1, right_bottom: bool = False) -> PackedConv:
+    """Pack the filter (Cout, Cin, 3, 3) of a conv that is padded by 1; nothing is copied before first use."""
+    return PackedConv(weight.detach(), stride=stride, right_bottom=right_bottom)
 
 
 def pack_upsample_conv(weight: Tensor) -> PackedConv:
@@ -31,9 +37,11 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
     return PackedConv(weight.detach(), upsample=True)
 
 
-# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 5 (AVX-512, 32 MiB L3).
-DIRECT_COST = (4.5e-12, 2.4e-9, 2.8e-11, 1.7e-4)
-WINOGRAD_COST = (4.4e-12, 1.1e-9, 2.0e-11, 5.2e-4)
+# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
+DIRECT_COST = (8.7e-12, 4.2e-9, 2.7e-11, 2.0e-4)
+WINOGRAD_COST = (8.8e-12, 9.5e-10, 3.8e-11, 3.3e-4)
+# With PyTorch's operators in place of the C kernels (`--operators`).
+OPERATORS_COST = (6.8e-12, 1.7e-9, 3.1e-11, 8.5e-4)
 
 
 def cost_terms(
@@ -64,9 +72,10 @@ def cost_terms(
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
     """`winograd` or `direct`: the one that takes less time by the fitted cost."""
     terms = cost_terms(batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads())
+    transforms = OPERATORS_COST if native.library() is None else WINOGRAD_COST
     direct, winograd = (
         sum(count * seconds for count, seconds in zip(part, cost, strict=True))
-        for part, cost in zip(terms, (DIRECT_COST, WINOGRAD_COST), strict=True)
+        for part, cost in zip(terms, (DIRECT_COST, transforms), strict=True)
     )
     return "winograd" if winograd < direct else "direct"
 
@@ -80,8 +89,9 @@ def conv3x3(
     output_scale_factor: float = 1.0,
     out: Tensor | None = None,
     exact: bool = False,
+    passing: bool = False,
 ) -> Tensor:
-    """(conv(x) + bias + residual) / output_scale_factor for a 3x3 filter, stride 1, padding 1.
+    """(conv(x) + bias + residual) / output_scale_factor for a 3x3 filter.
 
     Args:
         x: (B, H, W, Cin) on the CPU, each image dense, the batch stride free; float32, or the weight's dtype.
@@ -91,6 +101,7 @@ def conv3x3(
         output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
         out: (B, H', W', Cout) to write to, each image dense.
         exact: keep to the direct conv, whose rounding error is 2 to 4 times smaller than Winograd's.
+        passing: the result is read before this thread calls again, so its memory may serve the next call.
 
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
@@ -99,9 +110,13 @@ def conv3x3(
     batch, height, width, _ = x.shape
     if (
         not exact
+        and packed.stride == 1
         and x.dtype == torch.float32
         and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
     ):
+        if passing and out is None:
+            grow = 2 if packed.upsample else 1
+            out = workspace.take("convolved", batch, height * grow, width * grow, out_channels)
         return winograd_conv3x3(
             x,
             _winograd(packed),
@@ -142,21 +157,25 @@ def _planes(x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, packed: PackedConv, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Direct conv with padding 1 of x (B, H, W, Cin) as (B, H', W', Cout); `weight`: what to pack, if not yet."""
-    planes = _planes(x)
+    """Direct conv of x (B, H, W, Cin) as (B, H', W', Cout); `weight`: what to pack, if not yet."""
+    planes, padding, stride = _planes(x), [1, 1], [packed.stride, packed.stride]
+    if packed.right_bottom:
+        planes, padding = F.pad(planes, (0, 1, 0, 1)), [0, 0]
     form = packed.forms.get(name)
     if not isinstance(form, Tensor):
         assert weight is not None
         form = weight.contiguous(memory_format=torch.channels_last)
         if has_onednn() and x.dtype == torch.float32:
             form = torch.ops.mkldnn._reorder_convolution_weight(
-                form.float(), [1, 1], [1, 1], [1, 1], 1, list(planes.shape)
+                form.float(), padding, stride, [1, 1], 1, list(planes.shape)
             )
         packed.forms[name] = form
     if form.is_mkldnn:
-        result = torch.ops.mkldnn._convolution_pointwise(planes, form, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+        result = torch.ops.mkldnn._convolution_pointwise(
+            planes, form, bias, padding, stride, [1, 1], 1, "none", [], ""
+        )
     else:
-        result = F.conv2d(planes, form.to(x.dtype), bias, padding=1)
+        result = F.conv2d(planes, form.to(x.dtype), bias, stride, padding)
     return result.permute(0, 2, 3, 1).contiguous()
 
 

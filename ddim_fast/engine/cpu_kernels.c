@@ -18,8 +18,6 @@ typedef int32_t ints __attribute__((vector_size(64)));
 typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
-/* Pixels whose statistics are taken together; it decides the rounding, so it does not depend on the threads. */
-#define PART 256
 /* Pixels that stay in the first-level cache between the two passes of their variance. */
 #define STRIP 16
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
@@ -42,6 +40,7 @@ struct norm {
     float *out, *work;
     int64_t x_stride, x2_stride, add_stride, scale_stride, shift_stride;
     int64_t images, pixels, channels, channels2, groups;
+    int64_t part, parts; /* pixels whose statistics are taken together, and how many times that an image has */
     float eps;
     int32_t silu;
 };
@@ -116,15 +115,14 @@ void ddim_fast_from_taps(const struct transform *block, int64_t images, parallel
 /* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means
    and sums of squared deviations of the parts, then what the last pass multiplies with. */
 void ddim_fast_group_norm(const struct norm *norm, parallel_fn parallel, unsigned threads) {
-    int64_t parts = (norm->pixels + PART - 1) / PART;
     /* Whole images stay in a core's cache between the passes. */
     if (norm->images >= 2 * (int64_t)threads || norm->images % threads == 0) {
         share(parallel, threads, PICK(norm_image), norm, norm->images);
         return;
     }
-    share(parallel, threads, PICK(norm_statistics), norm, norm->images * parts);
+    share(parallel, threads, PICK(norm_statistics), norm, norm->images * norm->parts);
     share(parallel, threads, PICK(norm_finish), norm, norm->images);
-    share(parallel, threads, PICK(norm_apply), norm, norm->images * parts);
+    share(parallel, threads, PICK(norm_apply), norm, norm->images * norm->parts);
 }
 
 #else
@@ -288,9 +286,9 @@ INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset
     const int64_t all = n->channels + n->channels2;
     for (int64_t part = first; part < first + parts; part++) {
         float *means = work + part * 2 * all + offset, *squares = means + all;
-        const int64_t end = LEAST((part + 1) * PART, n->pixels);
-        for (int64_t start = part * PART; start < end; start += STRIP) {
-            const int64_t count = LEAST(STRIP, end - start), before = start - part * PART;
+        const int64_t end = LEAST((part + 1) * n->part, n->pixels);
+        for (int64_t start = part * n->part; start < end; start += STRIP) {
+            const int64_t count = LEAST(STRIP, end - start), before = start - part * n->part;
             const float fresh = (float)count / (float)(before + count);
             for (int64_t c = 0; c < channels; c += LANES) {
                 const float *from = x + start * channels + c;
@@ -314,8 +312,8 @@ INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset
 }
 
 INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first, int64_t parts) {
-    const int64_t all = n->channels + n->channels2, per_image = (n->pixels + PART - 1) / PART;
-    float *work = n->work + image * per_image * 2 * all;
+    const int64_t all = n->channels + n->channels2;
+    float *work = n->work + image * n->parts * 2 * all;
     NAME(statistics_of)(n->x + image * n->x_stride, n->channels, 0, n, work, first, parts);
     if (n->x2) NAME(statistics_of)(n->x2 + image * n->x2_stride, n->channels2, n->channels, n, work, first, parts);
 }
@@ -323,7 +321,7 @@ INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first,
 /* From the statistics of all parts to three numbers a channel, in the place of the first parts: what is taken off, what is
    multiplied with and what is added. Each part has room for two, and the pivot goes behind all images' parts. */
 INLINE void NAME(finish)(const struct norm *n, int64_t image) {
-    const int64_t all = n->channels + n->channels2, parts = (n->pixels + PART - 1) / PART, wide = all / n->groups;
+    const int64_t all = n->channels + n->channels2, parts = n->parts, wide = all / n->groups;
     float *work = n->work + image * parts * 2 * all, *pivots = n->work + n->images * parts * 2 * all + image * all;
     const float *add = n->add ? n->add + image * n->add_stride : NULL;
     for (int64_t group = 0; group < n->groups; group++) {
@@ -331,14 +329,14 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image) {
         for (int64_t c = group * wide; c < (group + 1) * wide; c++) {
             double total = 0;
             for (int64_t part = 0; part < parts; part++)
-                total += (double)work[part * 2 * all + c] * LEAST(PART, n->pixels - part * PART);
+                total += (double)work[part * 2 * all + c] * LEAST(n->part, n->pixels - part * n->part);
             mean += total / n->pixels + (add ? add[c] : 0);
         }
         mean /= wide;
         for (int64_t c = group * wide; c < (group + 1) * wide; c++) {
             for (int64_t part = 0; part < parts; part++) {
                 const double away = work[part * 2 * all + c] + (add ? add[c] : 0.0) - mean;
-                squares += work[part * 2 * all + all + c] + away * away * LEAST(PART, n->pixels - part * PART);
+                squares += work[part * 2 * all + all + c] + away * away * LEAST(n->part, n->pixels - part * n->part);
             }
         }
         const double inverse = 1 / sqrt(squares / ((double)wide * n->pixels) + n->eps);
@@ -353,9 +351,9 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image) {
 
 INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
                            int64_t first, int64_t last) {
-    const int64_t all = n->channels + n->channels2, parts = (n->pixels + PART - 1) / PART;
-    const float *factors = n->work + image * parts * 2 * all + offset, *terms = factors + all;
-    const float *pivots = n->work + n->images * parts * 2 * all + image * all + offset;
+    const int64_t all = n->channels + n->channels2;
+    const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
+    const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
     float *out = n->out + image * n->pixels * all + offset;
     for (int64_t p = first; p < last; p++) {
         for (int64_t c = 0; c < channels; c += LANES) {
@@ -375,23 +373,22 @@ INLINE void NAME(apply)(const struct norm *n, int64_t image, int64_t first, int6
 
 static void NAME(norm_image)(const void *arguments, int64_t image) {
     const struct norm *n = arguments;
-    NAME(statistics)(n, image, 0, (n->pixels + PART - 1) / PART);
+    NAME(statistics)(n, image, 0, n->parts);
     NAME(finish)(n, image);
     NAME(apply)(n, image, 0, n->pixels);
 }
 
 static void NAME(norm_statistics)(const void *arguments, int64_t index) {
     const struct norm *n = arguments;
-    const int64_t parts = (n->pixels + PART - 1) / PART;
-    NAME(statistics)(n, index / parts, index % parts, 1);
+    NAME(statistics)(n, index / n->parts, index % n->parts, 1);
 }
 
 static void NAME(norm_finish)(const void *arguments, int64_t image) { NAME(finish)(arguments, image); }
 
 static void NAME(norm_apply)(const void *arguments, int64_t index) {
     const struct norm *n = arguments;
-    const int64_t parts = (n->pixels + PART - 1) / PART, part = index % parts;
-    NAME(apply)(n, index / parts, part * PART, LEAST((part + 1) * PART, n->pixels));
+    const int64_t part = index % n->parts;
+    NAME(apply)(n, index / n->parts, part * n->part, LEAST((part + 1) * n->part, n->pixels));
 }
 
 #endif

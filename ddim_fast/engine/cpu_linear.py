@@ -1,7 +1,7 @@
-"""Matrix products and attention on the CPU through oneDNN.
+"""Matrix products on the CPU through oneDNN, and attention.
 
-`F.linear` and PyTorch's attention multiply with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5
-core against oneDNN's 200. oneDNN falls back to plain loops on rows that are not adjacent, so none are given to it.
+`F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5 core against oneDNN's
+200. oneDNN falls back to plain loops on rows that are not adjacent, so none are given to it.
 """
 
 import torch
@@ -9,11 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .winograd import has_onednn
-
-# Below this width a head is too little work for a product of its own.
-LEAST_HEAD = 64
-# Above this length the scores of a head leave the cache, and PyTorch's blocked attention is the better one.
-MOST_TOKENS = 2048
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -37,8 +32,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight.contiguous(), bias, "add")
 
 
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """out + x @ weight.T, in place: `out` is dense (..., Cout), x (..., Cin), weight (Cout, Cin)."""
+    rows, width = out.numel() // out.shape[-1], x.shape[-1]
+    if not has_onednn() or x.dtype != torch.float32:
+        out.view(rows, -1).addmm_(x.reshape(rows, width), weight.T)
+        return out
+    # A 1x1 conv, since oneDNN's linear operator has no form that adds in place.
+    pixels = x.contiguous().as_strided((1, width, 1, rows), (rows * width, 1, rows * width, width))
+    sums = out.as_strided((1, out.shape[-1], 1, rows), (out.numel(), 1, out.numel(), out.shape[-1]))
+    kernel = weight.contiguous()[:, :, None, None]
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        sums, pixels, kernel, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], ""
+    )
+    return out
+
+
 def attention(qkv: Tensor, heads: int, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale) v of every image and head.
+    """softmax(q k^T * scale) v of every image and head, by PyTorch's blocked attention.
 
     Args:
         qkv: (B, N, 3 * C), q, k and v beside one another, each its heads beside one another.
@@ -48,18 +59,6 @@ def attention(qkv: Tensor, heads: int, scale: float | None = None) -> Tensor:
         (B, N, C), dense.
     """
     batch, length, width = qkv.shape
-    size = width // (3 * heads)
-    scale = size**-0.5 if scale is None else scale
-    parts = qkv.view(batch, length, 3, heads, size)
-    if not has_onednn() or qkv.dtype != torch.float32 or size < LEAST_HEAD or length > MOST_TOKENS:
-        q, k, v = parts.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return out.transpose(1, 2).reshape(batch, length, -1)
-    product = torch.ops.mkldnn._linear_pointwise
-    out = qkv.new_empty(batch, length, heads, size)
-    for image, place in zip(parts, out, strict=True):
-        for head in range(heads):
-            q, k, v = image[:, :, head].transpose(0, 1).contiguous()
-            scores = torch.softmax(product(q, k, None, "none", [], "").mul_(scale), -1)
-            place[:, head].copy_(product(scores, v.t(), None, "none", [], ""))
-    return out.view(batch, length, -1)
+    q, k, v = qkv.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(batch, length, -1)

@@ -5,6 +5,8 @@ alone: 5.5), but its variance is E[x²] - E[x]². GroupNorm does not see a const
 of a few pixels is taken off first: where it is large, or where two inputs are joined anyway.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    passing: bool = False,
 ) -> Tensor:
     """GroupNorm of concat([x, x2], -1) + add, then y * (1 + scale) + shift, then SiLU where `silu`.
 
@@ -37,6 +40,8 @@ def group_norm_silu(
         weight, bias: float32 (C1 + C2,).
         add, scale, shift: float32 (C1 + C2,) or (B, C1 + C2).
 
+        passing: the result is read before this thread calls again, so its memory may serve the next call.
+
     Returns:
         (B, H, W, C1 + C2).
     """
@@ -44,7 +49,10 @@ def group_norm_silu(
     channels = len(weight)
     if native.usable(x, weight, bias, x2, add, scale, shift):
         work = workspace.take("norm", native.work_size(batch, height * width, channels))
-        return native.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work)
+        take = partial(workspace.take, "normed") if passing else workspace.fresh
+        out = take(batch, height, width, channels)
+        native.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work, out)
+        return out
     parts = [x] if x2 is None else [x, x2]
     stride = max(height * width // SAMPLES, 1)
     samples = [h.flatten(1, 2)[:, ::stride] for h in parts]

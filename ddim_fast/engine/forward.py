@@ -86,6 +86,7 @@ def apply_norm(
             scale=scale,
             shift=shift,
             silu=silu,
+            passing=True,
         )
     from ..kernels import group_norm
 
@@ -128,7 +129,14 @@ def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Ten
         residual = average_pool(residual)
     elif block.resample == "up":
         residual = residual.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return conv_to_residual(hidden, block.conv2, block.output_bias, residual, block.output_scale_factor)
+    return conv_to_residual(
+        hidden,
+        block.conv2,
+        block.output_bias,
+        residual,
+        block.output_scale_factor,
+        residual_is_free=residual is not x.data,
+    )
 
 
 def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Tensor, ...] | None) -> Tensor:
@@ -138,8 +146,6 @@ def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Tensor, ...] | No
     product = linear(x, weights[0])
     if skip is None:
         return product
-    if biases_fold(x):
-        return cpu_linear.linear(skip, weights[1], residual=product)
     return add_product(product, skip, weights[1])
 
 
@@ -150,6 +156,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out + x @ weight.T, in place on a contiguous `out` (B, H, W, Cout)."""
+    if biases_fold(x):
+        return cpu_linear.add_product(out, x, weight)
     out.flatten(0, 2).addmm_(x.flatten(0, 2), weight.T)
     return out
 

@@ -21,8 +21,8 @@ from ..once import log_once
 logger = logging.getLogger(__name__)
 
 MODULE = "ddim_fast.engine._cpu_kernels"
-# Pixels a part of an image's statistics, PART in the C file.
-PART = 256
+# Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
+LEAST_PART, MOST_PARTS = 64, 64
 
 
 class _Transform(ctypes.Structure):
@@ -39,7 +39,7 @@ class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "x2", "weight", "bias", "add", "scale", "shift", "out", "work")),
         *((name, ctypes.c_int64) for name in ("x_stride", "x2_stride", "add_stride", "scale_stride", "shift_stride")),
-        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups", "part", "parts")),
         ("eps", ctypes.c_float),
         ("silu", ctypes.c_int32),
     ]
@@ -57,7 +57,7 @@ def library() -> Any:
             "speed; install a C compiler and then ddim_fast again",
         )
         return None
-    loaded = ctypes.CDLL(spec.origin)
+    loaded: Any = ctypes.CDLL(spec.origin)
     # PyTorch's own OpenMP team runs them: a second one would fight it for the cores.
     team = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -166,11 +166,12 @@ def group_norm(
     shift: Tensor | None,
     silu: bool,
     work: Tensor,
-) -> Tensor:
-    """`cpu_norm.group_norm_silu`; `work` is scratch of `work_size` floats."""
+    out: Tensor,
+) -> None:
+    """`cpu_norm.group_norm_silu` into `out` (B, H, W, C1 + C2), dense; `work` is scratch of `work_size` floats."""
     batch, height, width, channels = x.shape
     channels2 = 0 if x2 is None else x2.shape[-1]
-    out = x.new_empty(batch, height, width, channels + channels2)
+    part = part_size(height * width)
     (add, add_stride), (scale, scale_stride), (shift, shift_stride) = _vector(add), _vector(scale), _vector(shift)
     norm = _Norm(
         x=x.data_ptr(),
@@ -189,6 +190,8 @@ def group_norm(
         shift_stride=shift_stride,
         images=batch,
         pixels=height * width,
+        part=part,
+        parts=-(-height * width // part),
         channels=channels,
         channels2=channels2,
         groups=num_groups,
@@ -197,9 +200,13 @@ def group_norm(
     )
     loaded = library()
     loaded.ddim_fast_group_norm(ctypes.byref(norm), loaded.parallel, torch.get_num_threads())
-    return out
 
 
 def work_size(batch: int, pixels: int, channels: int) -> int:
     """Floats that `group_norm` needs beside its input and output."""
-    return batch * channels * (2 * -(-pixels // PART) + 1)
+    return batch * channels * (2 * -(-pixels // part_size(pixels)) + 1)
+
+
+def part_size(pixels: int) -> int:
+    """Pixels of an image whose statistics are taken together."""
+    return max(LEAST_PART, -(-pixels // MOST_PARTS))

@@ -26,6 +26,8 @@ TILE = 4
 DEFAULT_CACHE = 8 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
+# Floats from which on glibc maps a block anew at every allocation.
+LARGE = 30 << 18
 
 FILTER = (
     (1 / 4, 0, 0),
@@ -89,18 +91,41 @@ def _keep_heap() -> None:
 
 
 class Workspace(threading.local):
-    """Buffers that grow to the largest block and serve every later one; each thread has its own."""
+    """Buffers that serve again and again, since fresh memory costs a page fault for every 4 KiB; one set a thread."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
+        self.large: list[Tensor] = []
 
     def take(self, name: str, *shape: int) -> Tensor:
+        """The buffer `name`, which grows to its largest shape; what it held before is overwritten."""
         count = torch.Size(shape).numel()
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < count:
             with torch.inference_mode(False):
                 buffer = self.buffers[name] = torch.empty(count)
         return buffer[:count].view(shape)
+
+    def fresh(self, *shape: int) -> Tensor:
+        """A tensor that nothing else uses: the memory of an earlier one of this size that nothing refers to any more.
+
+        Small ones are left to the allocator, which keeps their memory at hand itself.
+        """
+        count = torch.Size(shape).numel()
+        if count < LARGE or not hasattr(torch._C, "_storage_Use_Count"):
+            return torch.empty(shape)
+        for buffer in self.large:
+            storage = buffer.untyped_storage()
+            # Held by `buffer` and by `storage` alone.
+            if buffer.numel() == count and torch._C._storage_Use_Count(storage._cdata) == 2:
+                return buffer.view(shape)
+        with torch.inference_mode(False):
+            self.large.append(torch.empty(count))
+        return self.large[-1].view(shape)
+
+    def release(self) -> None:
+        """Give back the memory of the large tensors; those in use stay with who uses them."""
+        self.large.clear()
 
 
 workspace = Workspace()
@@ -258,7 +283,7 @@ def winograd_conv3x3(
     grow = TILE // step
     out_channels, count = weight.weight.shape[0], weight.taps
     if out is None:
-        out = x.new_empty(batch, height * grow, width * grow, out_channels)
+        out = workspace.fresh(batch, height * grow, width * grow, out_channels)
     if native.usable(x, bias, residual, out):
         return _native(x, weight, bias, residual, output_scale_factor, out, tiles)
     if height % step or width % step:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ddim_fast.engine import cpu_linear
-from ddim_fast.engine.cpu_linear import attention, linear
+from ddim_fast.engine.cpu_linear import add_product, attention, linear
 
 
 @pytest.fixture(params=["onednn", "torch"], autouse=True)
@@ -32,6 +32,19 @@ def test_linear_adds_bias_and_residual(dense, with_residual):
     assert kept is None or torch.equal(residual, kept)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_product_is_added_in_place(dense):
+    x, weight, out = torch.randn(2, 7, 5, 24), torch.randn(10, 20), torch.randn(2, 7, 5, 10)
+    x = x[..., :20].contiguous() if dense else x[..., :20]
+    weight = weight if dense else weight.t().contiguous().t()
+    expected = out.double() + x.double() @ weight.double().T
+
+    actual = add_product(out, x, weight)
+
+    assert actual is out
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("heads", "size", "length"), [(1, 64, 49), (2, 96, 16), (4, 8, 25), (1, 64, 1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_is_softmax_of_scores_times_values(heads, size, length, scale):
@@ -43,11 +56,3 @@ def test_attention_is_softmax_of_scores_times_values(heads, size, length, scale)
     scores = q @ k.transpose(-1, -2) * (size**-0.5 if scale is None else scale)
     expected = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, length, -1)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_long_sequences_are_attended_in_blocks(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "MOST_TOKENS", 8)
-    qkv = torch.randn(1, 9, 3 * 64)
-
-    q, k, v = (part[None] for part in qkv.view(1, 9, 3, 64).unbind(2))
-    torch.testing.assert_close(attention(qkv, 1), F.scaled_dot_product_attention(q, k, v)[0], rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 
 from ddim_fast.engine import native
 from ddim_fast.engine.cpu_norm import group_norm_silu
-from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
+from ddim_fast.engine.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C kernels are not built")
 
@@ -120,3 +120,25 @@ def test_nothing_is_written_or_read_outside(upsample):
     assert torch.isfinite(out).all() and not (out == 7.0).any()
     assert (outside[:pad] == 7.0).all() and (outside[-pad:] == 7.0).all()
     assert torch.isfinite(group_norm_silu(x, torch.ones(channels), torch.ones(channels), 2, 1e-5)).all()
+
+
+def test_large_buffers_serve_again_once_nothing_refers_to_them():
+    space = Workspace()
+    first = space.fresh(LARGE)
+    view = first[5:].view(-1)
+    second = space.fresh(LARGE)
+    assert second.data_ptr() != first.data_ptr()
+
+    address = first.data_ptr()
+    del first
+    assert space.fresh(LARGE).data_ptr() != address, "a view still refers to it"
+    del view
+    assert space.fresh(LARGE).data_ptr() == address
+    space.release()
+    assert not space.large
+
+
+def test_small_tensors_are_the_allocators():
+    space = Workspace()
+    space.fresh(LARGE - 1)
+    assert not space.large
