@@ -62,11 +62,10 @@ def load_ours(unet: Any) -> Forward:
     from ddim_fast.engine.convs import nchw
     from ddim_fast.engine.forward import fused_forward, time_table
 
-    pipe = DDIMPipeline(unet, DDIMScheduler())
+    packed = packed_unet(DDIMPipeline(unet, DDIMScheduler()))
+    assert packed is not None
 
     def forward(sample: Tensor, timestep: int) -> Tensor:
-        packed = packed_unet(pipe)
-        assert packed is not None
         row = time_table(packed, unet, torch.tensor([float(timestep)]), None)[0]
         output = fused_forward(packed, sample.permute(0, 2, 3, 1).contiguous(), row)
         return nchw(output.add_(packed.conv_out.bias)).contiguous()
