@@ -147,14 +147,16 @@ def measure(configuration: Configuration) -> Measured:
 
 
 def describe(configuration: Configuration) -> str:
-    """The constants of a configuration, and the integers that 16 does not divide."""
+    """The constants of a configuration, the tensors it is not given, and the integers that 16 does not divide."""
     constants = [f"{name}={value}" for name, value in configuration.constexprs.items() if value is not None]
+    absent = [name for name, value in configuration.constexprs.items() if value is None]
     odd = [
         name
         for name, kind in configuration.signature.items()
         if name not in configuration.divisible and (kind[0] == "*" or kind in ("i32", "i64"))
     ]
-    return " ".join(constants + ([f"unaligned({','.join(odd)})"] if odd else []))
+    notes = [f"{what}({','.join(names)})" for what, names in (("without", absent), ("unaligned", odd)) if names]
+    return " ".join(constants + notes)
 
 
 def _measure_indexed(index: int) -> Measured:

@@ -7,6 +7,9 @@ grouping: over two inputs read as one, and after a per-channel shift, which move
 Within a chunk: Welford (1962), one running mean and M2 per lane. Between lanes, chunks and channels: the pairwise
 formula of Chan, Golub and LeVeque (1979). Nothing subtracts large squares, so a mean of 1,000 beside a deviation of 1
 costs no digits, and the order of additions is fixed: the same input gives the same bits.
+
+Roofline. At least: x (and x2) read once. Moved: the same, and 8·K·B·C bytes of partials written, at most a sixteenth
+of x. GroupNorm needs this launch where no block holds a group and the kernel that wrote x did not measure it.
 """
 
 from __future__ import annotations
