@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convs import Conv, UpsampleConv, biases_fold, pack_conv, pack_upsample_conv
+from .cpu_linear import PackedLinear
 
 if TYPE_CHECKING:
     from ..unet import UNet2DModel
@@ -18,7 +19,22 @@ if TYPE_CHECKING:
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 MID_BLOCKS = ("UNetMidBlock2D",)
-MODULES = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Embedding, nn.Identity, nn.ModuleList)
+# Activations are SiLU, and only the resampling of a ResnetDownsampleBlock2D pools.
+MODULES = (
+    nn.AvgPool2d,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Embedding,
+    nn.GroupNorm,
+    nn.Identity,
+    nn.Linear,
+    nn.ModuleList,
+    nn.SiLU,
+)
+
+
+# The weights of a product: as they are where a kernel of ours follows, else packed for the CPU.
+Matrix = Tensor | PackedLinear
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Resnet:
     conv1: Conv | UpsampleConv
     norm2: Norm
     conv2: Conv
-    shortcut: tuple[Tensor, ...] | None
+    shortcut: tuple[Matrix, ...] | None
     output_bias: Tensor
     time: slice
     scale_shift: bool
@@ -57,9 +73,9 @@ class Attention:
     """Self-attention with Q, K and V as one product."""
 
     norm: Norm | None
-    qkv_weight: Tensor
+    qkv_weight: Matrix
     qkv_bias: Tensor
-    out_weight: Tensor
+    out_weight: Matrix
     out_bias: Tensor
     heads: int
     scale: float
@@ -174,6 +190,11 @@ def _norm(norm: nn.GroupNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps)
 
 
+def matrix(weight: Tensor) -> Matrix:
+    """`weight` (Cout, Cin) for `forward.linear`."""
+    return PackedLinear(weight) if biases_fold(weight) else weight
+
+
 def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ...], Norm]:
     """Let biases wait on the way up where only a norm and a shortcut read what they belong to.
 
@@ -186,6 +207,7 @@ def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ..
         layers = []
         for index, (resnet, attention) in enumerate(stage.layers):
             if bias is not None and resnet.shortcut is not None:
+                assert isinstance(resnet.shortcut[0], Tensor)
                 through_shortcut = resnet.shortcut[0].float() @ bias
                 resnet = replace(
                     resnet,
@@ -260,7 +282,7 @@ class _Packer:
             weight = module.conv_shortcut.weight.detach().flatten(1)
             # The channels beyond those of the block before come from a skip connection.
             halves = weight.split([self.width, weight.shape[1] - self.width], 1)
-            shortcut = tuple(half.contiguous() for half in halves if half.numel())
+            shortcut = tuple(matrix(half.contiguous()) for half in halves if half.numel())
             output_bias = output_bias + module.conv_shortcut.bias.detach().float()
         self.width = module.out_channels
         return Resnet(
@@ -282,9 +304,9 @@ class _Packer:
         projections = (module.to_q, module.to_k, module.to_v)
         return Attention(
             norm=None if module.group_norm is None else _norm(module.group_norm),
-            qkv_weight=torch.cat([projection.weight for projection in projections]),
+            qkv_weight=matrix(torch.cat([projection.weight for projection in projections])),
             qkv_bias=torch.cat([projection.bias for projection in projections]),
-            out_weight=module.to_out[0].weight.detach(),
+            out_weight=matrix(module.to_out[0].weight.detach()),
             out_bias=module.to_out[0].bias.detach().float(),
             heads=module.heads,
             scale=module.scale,
