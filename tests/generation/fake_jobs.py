@@ -1,5 +1,6 @@
 """A pipeline that needs no network: its images are a function of the seed, and cost microseconds."""
 
+import itertools
 import os
 import signal
 import sys
@@ -91,19 +92,18 @@ def fork(work, kill_at=None, delay=0.0):
         return child
     # A child that hangs fails its test instead of stopping the suite.
     signal.alarm(120)
-    seen = 0
+    # One step of this counter is atomic: no thread passes the moment unseen.
+    numbers = itertools.count(1)
 
     def count(event, _):
-        nonlocal seen
-        if event in FILE_EVENTS:
-            seen += 1
-            if seen == kill_at:
-                kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-                kill.run() if delay == 0 else kill.start()
+        if event in FILE_EVENTS and next(numbers) == kill_at:
+            kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+            kill.run() if delay == 0 else kill.start()
 
     try:
         sys.addaudithook(count)
         work()
+        seen = next(numbers) - 1
         if kill_at is not None and seen >= kill_at:
             time.sleep(60)
         with open(f"/dev/shm/ddim-fast-{os.getpid()}", "w") as file:
