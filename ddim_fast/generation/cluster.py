@@ -231,7 +231,8 @@ def _pipeline(model: Any, gpus: float, dtype: str | torch.dtype, engine: str) ->
         return load_pipeline(model, device, dtype, engine)
     import ray
 
-    kind, parts, exact = ray.get(model)
+    # A task gets what a reference stands for, an actor's constructor the reference.
+    kind, parts, exact = model if isinstance(model, tuple) else ray.get(model)
     pipe = kind(**parts).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.engine, pipe.exact = engine, exact

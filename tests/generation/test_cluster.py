@@ -22,10 +22,8 @@ class DyingPipeline(FakePipeline):
 
     def __init__(self, unet=None, scheduler=None, once=""):
         super().__init__()
-        if unet is not None:
-            self.unet, self.once = unet, scheduler.once
-        else:
-            self.scheduler = FakeScheduler(once=once)
+        self.scheduler = scheduler or FakeScheduler(once=once)
+        self.unet, self.once = unet or self.unet, self.scheduler.once
 
     @property
     def components(self):
@@ -53,7 +51,8 @@ def cluster(monkeypatch):
     here = os.path.dirname(__file__)
     ray.init(
         num_cpus=2,
-        num_gpus=0,
+        # Ray counts GPUs and looks at none: two workers share the one that this machine says it has.
+        num_gpus=1,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100 * 2**20,
@@ -67,13 +66,18 @@ def cluster(monkeypatch):
 def test_killing_a_worker_in_mid_job_loses_and_duplicates_nothing(tmp_path, cluster):
     make(tmp_path / "undisturbed")
     once = str(tmp_path / "killed")
-    report = make(tmp_path / "ray", pipe=DyingPipeline(once=once), ray="auto", workers=2)
+    ours = {"ray": "auto", "workers": 2, "gpus_per_worker": 0.5}
+    report = make(tmp_path / "ray", pipe=DyingPipeline(once=once), **ours)
     assert os.path.exists(once)
+    assert report.device == "2 Ray workers, 0.5 GPU each"
     assert tree(tmp_path / "ray") == tree(tmp_path / "undisturbed")
     assert (report.done, report.made, report.complete) == (100, 100, True)
     assert verify(tmp_path / "ray").ok
-    again = make(tmp_path / "ray", pipe=DyingPipeline(once=once), ray="auto")
+    again = make(tmp_path / "ray", pipe=DyingPipeline(once=once), **ours)
     assert again.made == 0
+    # With GPUs in the cluster a worker finds the batch that fits; here that is a CPU's.
+    automatic = make(tmp_path / "automatic", pipe=DyingPipeline(once=once), ray="auto", batch_size="auto")
+    assert (automatic.batch_size, automatic.complete, automatic.engine) == (64, True, "plain")
 
 
 def worker(out, pipe, monkeypatch, todo=(0, 1, 2)):
@@ -104,6 +108,13 @@ def test_a_worker_makes_its_chunk(tmp_path, monkeypatch):
     assert {name: data for name, data in tree(tmp_path).items() if not name.startswith("whole")} == whole
 
 
+def test_a_worker_of_another_version_goes_on_with_the_job(tmp_path, monkeypatch):
+    make(tmp_path, "0-47", shard="0/3")
+    settings = tmp_path / "job.json"
+    settings.write_text(settings.read_text().replace('"ddim_fast": "', '"ddim_fast": "0.'))
+    assert rows(worker(tmp_path, FakePipeline(), monkeypatch), 1)["made"] == [16]
+
+
 def test_a_worker_with_other_weights_or_without_the_folder_makes_nothing(tmp_path, monkeypatch):
     make(tmp_path / "out", "0-47", shard="0/3")
     other = FakePipeline()
@@ -116,7 +127,17 @@ def test_a_worker_with_other_weights_or_without_the_folder_makes_nothing(tmp_pat
 
 def test_a_worker_reports_a_bad_image(tmp_path, monkeypatch):
     make(tmp_path, "0-47", shard="0/3")
-    assert "seeds 20" in rows(worker(tmp_path, FakePipeline(bad=[20]), monkeypatch), 1)["error"][0]
+    row = rows(worker(tmp_path, FakePipeline(bad=[20]), monkeypatch), 1)
+    assert "seeds 20" in row["error"][0]
+    assert row["bad"] == [True]
+
+
+def test_ray_ignores_the_variables_of_the_step_that_starts_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"cannot reach a cluster at '127\.0\.0\.1'"):
+        make(tmp_path / "out", ray="127.0.0.1", shard=None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ray_and_shards_exclude_each_other(tmp_path):
