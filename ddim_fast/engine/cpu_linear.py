@@ -1,17 +1,33 @@
 """Matrix products on the CPU through oneDNN, and attention.
 
 `F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5 core against oneDNN's
-200. oneDNN falls back to plain loops on rows that are not adjacent, so none are given to it.
+200. In oneDNN a product is a 1x1 conv: that form takes weights packed once, and adds in place. It falls back to plain
+loops on rows that are not adjacent, so none are given to it.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import has_onednn
+from .winograd import SETTLED_ROWS, has_onednn
+
+ONCE = ([0, 0], [1, 1], [1, 1], 1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+@dataclass(eq=False)
+class PackedLinear:
+    """A matrix (Cout, Cin), and the same in the order that oneDNN wants for `rows` rows, packed at first use."""
+
+    weight: Tensor
+    rows: int = 0
+    packed: Tensor | None = None
+
+
+def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias + residual.
 
     Args:
@@ -23,29 +39,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     Returns:
         (..., Cout), dense.
     """
-    if not has_onednn() or x.dtype != torch.float32:
-        y = F.linear(x, weight, bias)
+    if not _runs_onednn(x):
+        y = F.linear(x, weight.weight, bias)
         return y if residual is None else y.add_(residual)
-    x = x.contiguous()
+    pixels = _pixels(x)
+    filters = _filters(weight, pixels.shape[3])
     if residual is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight.contiguous(), bias, "add")
+        y = torch.ops.mkldnn._convolution_pointwise(pixels, filters, bias, *ONCE, "none", [], "")
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            pixels, _pixels(residual), filters, bias, *ONCE, "add", 1.0, None, [], ""
+        )
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def add_product(out: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
     """out + x @ weight.T, in place: `out` is dense (..., Cout), x (..., Cin), weight (Cout, Cin)."""
-    rows, width = out.numel() // out.shape[-1], x.shape[-1]
-    if not has_onednn() or x.dtype != torch.float32:
-        out.view(rows, -1).addmm_(x.reshape(rows, width), weight.T)
+    if not _runs_onednn(x):
+        out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.weight.T)
         return out
-    # A 1x1 conv, since oneDNN's linear operator has no form that adds in place.
-    pixels = x.contiguous().as_strided((1, width, 1, rows), (rows * width, 1, rows * width, width))
-    sums = out.as_strided((1, out.shape[-1], 1, rows), (out.numel(), 1, out.numel(), out.shape[-1]))
-    kernel = weight.contiguous()[:, :, None, None]
+    pixels = _pixels(x)
     torch.ops.mkldnn._convolution_pointwise_.binary(
-        sums, pixels, kernel, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], ""
+        _pixels(out), pixels, _filters(weight, pixels.shape[3]), None, *ONCE, "add", 1.0, None, [], ""
     )
     return out
+
+
+def _runs_onednn(x: Tensor) -> bool:
+    return has_onednn() and x.dtype == torch.float32
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(..., C) as a channels-last image of one row, (1, C, 1, rows)."""
+    x, channels = x.contiguous(), x.shape[-1]
+    return x.as_strided((1, channels, 1, x.numel() // channels), (x.numel(), 1, x.numel(), channels))
+
+
+def _filters(weight: PackedLinear, rows: int) -> Tensor:
+    rows = min(rows, SETTLED_ROWS)
+    if weight.packed is None or weight.rows != rows:
+        matrix = weight.weight.contiguous()
+        shape = [1, matrix.shape[1], 1, rows]
+        weight.packed = torch.ops.mkldnn._reorder_convolution_weight(matrix[:, :, None, None], *ONCE, shape)
+        weight.rows = rows
+    return weight.packed
 
 
 def attention(qkv: Tensor, heads: int, scale: float | None = None) -> Tensor:

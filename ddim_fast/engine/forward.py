@@ -19,7 +19,7 @@ from .convs import (
     conv_to_residual,
     upsample_conv,
 )
-from .pack import Attention, Norm, PackedUNet, Resnet, Stage
+from .pack import Attention, Matrix, Norm, PackedUNet, Resnet, Stage
 
 if TYPE_CHECKING:
     from ..unet import UNet2DModel
@@ -139,7 +139,7 @@ def apply_resnet(x: Activation, skip: Activation | None, block: Resnet, row: Ten
     )
 
 
-def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Tensor, ...] | None) -> Tensor:
+def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Matrix, ...] | None) -> Tensor:
     """The 1x1 shortcut without its bias; over a skip connection it is the sum of two products."""
     if weights is None:
         return x
@@ -149,14 +149,16 @@ def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Tensor, ...] | No
     return add_product(product, skip, weights[1])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; by oneDNN on the CPU."""
-    return (cpu_linear.linear if biases_fold(x) else F.linear)(x, weight, bias)
+    if isinstance(weight, cpu_linear.PackedLinear):
+        return cpu_linear.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
-def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def add_product(out: Tensor, x: Tensor, weight: Matrix) -> Tensor:
     """out + x @ weight.T, in place on a contiguous `out` (B, H, W, Cout)."""
-    if biases_fold(x):
+    if isinstance(weight, cpu_linear.PackedLinear):
         return cpu_linear.add_product(out, x, weight)
     out.flatten(0, 2).addmm_(x.flatten(0, 2), weight.T)
     return out
@@ -173,7 +175,7 @@ def apply_attention(x: Activation, block: Attention) -> Activation:
 
     normed = x.data if block.norm is None else apply_norm(x, None, block.norm, silu=False)
     tokens = linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)
-    if biases_fold(x.data):
+    if isinstance(block.out_weight, cpu_linear.PackedLinear):
         attended = cpu_linear.attention(tokens, block.heads, block.scale)
         out = cpu_linear.linear(
             attended, block.out_weight, block.out_bias.to(tokens.dtype), residual=x.data.flatten(1, 2)

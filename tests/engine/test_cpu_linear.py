@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ddim_fast.engine import cpu_linear
-from ddim_fast.engine.cpu_linear import add_product, attention, linear
+from ddim_fast.engine.cpu_linear import PackedLinear, add_product, attention, linear
 
 
 @pytest.fixture(params=["onednn", "torch"], autouse=True)
@@ -25,7 +25,7 @@ def test_linear_adds_bias_and_residual(dense, with_residual):
     residual = torch.randn(2, 7, 10) if with_residual else None
     kept = None if residual is None else residual.clone()
 
-    actual = linear(x, weight, bias, residual)
+    actual = linear(x, PackedLinear(weight), bias, residual)
 
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(actual.double(), expected if kept is None else expected + kept, rtol=1e-5, atol=1e-4)
@@ -39,10 +39,17 @@ def test_a_product_is_added_in_place(dense):
     weight = weight if dense else weight.t().contiguous().t()
     expected = out.double() + x.double() @ weight.double().T
 
-    actual = add_product(out, x, weight)
+    actual = add_product(out, x, PackedLinear(weight))
 
     assert actual is out
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_matrix_serves_any_number_of_rows():
+    weight = PackedLinear(torch.randn(24, 20))
+    for rows in (3, 500, 1, 70):
+        x = torch.randn(rows, 20)
+        torch.testing.assert_close(linear(x, weight), x @ weight.weight.T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "size", "length"), [(1, 64, 49), (2, 96, 16), (4, 8, 25), (1, 64, 1)])
