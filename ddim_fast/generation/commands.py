@@ -26,12 +26,18 @@ Examples:
   ddim-fast generate MODEL --seeds 0-999 --class 3 --out threes
   ddim-fast generate MODEL --seeds 0-9999 --class uniform --out balanced
 \b
+  # a class a seed, from a file; a contact sheet of the first 64
+  ddim-fast generate MODEL --seeds 0-2,10-19 --labels labels.txt --grid sheet.png --format npz --out chosen
+\b
   # all GPUs of a machine; a Slurm step; a Ray cluster writing to S3
   torchrun --nproc-per-node 8 --no-python ddim-fast generate MODEL --seeds 0-999999 --out run
   srun --ntasks 16 --gpus-per-task 1 ddim-fast generate MODEL --seeds 0-999999 --out run
   ddim-fast generate MODEL --seeds 0-999999 --ray auto --out s3://bucket/run
+\b
+  # is every seed there once, and every file whole?
+  ddim-fast verify run
 
-A job that was cut off, by whatever, goes on when the same command is run again. Check it with `ddim-fast verify`.
+A job that was cut off, by whatever, goes on when the same command is run again.
 """
 
 
@@ -47,14 +53,29 @@ class Terminated(BaseException):
 @click.option("--out", required=True, help="Folder, or any fsspec path such as s3://bucket/run.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="Noise of the steps: 0 is DDIM, 1 is DDPM.")
-@click.option("--batch", default="auto", show_default=True, help="Images in a forward; auto takes what fits.")
-@click.option("--class", "label", help="Class of every image, or `uniform`.")
+@click.option(
+    "--batch",
+    default="auto",
+    show_default=True,
+    help="Images in a forward. auto: what fits, or what the job in OUT has.",
+)
+@click.option(
+    "--class", "label", help="Class of every image, or uniform: a seed's class is then the seed modulo their number."
+)
 @click.option("--labels", help="File with a class a seed: .npy, or text with one a line.")
 @click.option(
-    "--format", "format_", type=click.Choice(list(FORMATS)), default="png", show_default=True, help="Output."
+    "--format",
+    "format_",
+    type=click.Choice(list(FORMATS)),
+    default="png",
+    show_default=True,
+    help="One file an image, one array (samples.npz), or a tar or parquet file a chunk.",
 )
 @click.option("--subdirs", is_flag=True, help="Put PNGs into folders of 1,000.")
-@click.option("--grid", help="File for a contact sheet; a bare name lies in OUT.  [default: grid.png up to 64 PNGs]")
+@click.option(
+    "--grid",
+    help="PNG for a contact sheet of the first 64; a bare name lies in OUT.  [default: grid.png up to 64 PNGs]",
+)
 @click.option("--no-grid", is_flag=True, help="Make no contact sheet.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
@@ -82,7 +103,7 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
         from .run import generate as run
         from .seeds import as_seeds, find_shard
 
-        if options["shard"] is None and not options["log_json"]:
+        if options["shard"] is None and options["ray"] is None and not options["log_json"]:
             index, count, source = find_shard()
             if source:
                 click.echo(f"shard {index}/{count}, from {source}", err=True)
