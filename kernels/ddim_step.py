@@ -419,7 +419,7 @@ def ddim_step(
         noise: ε of σ ε, same shape as `sample`, float32, float16 or bfloat16.
         seeds: int64 (B,): draw ε in the kernel, the values of `philox_normal(seeds, index, shape, purpose=STEP)`.
             A row with σ = 0 reads and draws no noise; without both arguments none is added.
-        model_bias: (C,), any float dtype, added to `model_output` before use (the last convolution's bias).
+        model_bias: (C,), float32, float16 or bfloat16, added to `model_output` (the last convolution's bias).
         out: float32, takes the result; may be `sample` itself. Not differentiable.
         out_low: float16, bfloat16 or float32, takes a copy of the result in its dtype. Not differentiable.
         return_x0: also return x0, clipped.

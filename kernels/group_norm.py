@@ -458,7 +458,7 @@ def group_norm(
 
     Args:
         x: (B, *spatial, C1) float32, float16 or bfloat16; channels adjacent, pixels dense, any stride between images.
-        weight, bias: (C,), C = C1 + C2; any float dtype.
+        weight, bias: (C,), C = C1 + C2; float32, float16 or bfloat16.
         num_groups: a divisor of C. Groups may span both inputs.
         eps: added to the variance.
         x2: (B, *spatial, C2), read as the channels after x's; x's dtype.

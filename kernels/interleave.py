@@ -167,7 +167,7 @@ def interleave(
     Args:
         x: what the 2×2 conv with padding 1 returns, float32, float16 or bfloat16; channels adjacent, pixels dense, any
             stride between images. Phase 2a + b holds the outputs at rows 2i + a and columns 2j + b.
-        bias: (C,) or (B, C); any float dtype.
+        bias: (C,) or (B, C); float32, float16 or bfloat16.
         want_stats: also return the statistics.
 
     Returns:

@@ -65,10 +65,10 @@ def check_output(name: str, out: torch.Tensor, shape: Sequence[int], like: torch
 
 
 def check_vector(name: str, vector: torch.Tensor, batch: int, channels: int, like: torch.Tensor) -> None:
-    """Raise unless `vector` is floating point, (channels,) or (batch, channels), channels adjacent, on the device."""
+    """Raise unless `vector` is one of DTYPES, (channels,) or (batch, channels), channels adjacent, on the device."""
     if tuple(vector.shape) not in ((channels,), (batch, channels)):
         raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected ({channels},) or ({batch}, {channels})")
-    if not vector.is_floating_point() or vector.dtype == torch.float64:
+    if vector.dtype not in DTYPES:
         raise TypeError(f"{name} is {vector.dtype}; expected float32, float16 or bfloat16")
     if channels > 1 and vector.stride(-1) != 1:
         raise ValueError(
