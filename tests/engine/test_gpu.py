@@ -131,10 +131,11 @@ def test_a_thousand_calls_leave_memory_flat():
 @pytest.mark.parametrize("engine", ["fused", "graph"])
 def test_nothing_synchronises_inside_the_loop(engine):
     pipe = make(engine)
-    draw(pipe, batch_size=2, seeds=[0, 1], eta=0.5)
+    seeds = torch.tensor([0, 1], device="cuda")
+    draw(pipe, batch_size=2, seeds=seeds, eta=0.5)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        images = draw(pipe, batch_size=2, seeds=torch.tensor([0, 1], device="cuda"), eta=0.5)
+        images = draw(pipe, batch_size=2, seeds=seeds, eta=0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(images).all()
@@ -175,6 +176,7 @@ def test_two_pipelines_and_two_threads_do_not_disturb_one_another():
     expected = [draw(pipe, batch_size=2, seeds=[1, 2], eta=0.3) for pipe in pipes]
     for pipe in pipes:
         pipe.repack()
+    torch.cuda.synchronize()
     found, errors = [None, None], []
 
     def work(index):
