@@ -30,7 +30,7 @@ from .nhwc import (
     pixels,
 )
 from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
-from .tiles import chunk_count, row_tile
+from .tiles import chunk_count, row_tile, row_warps
 
 
 def add_residual_reference(
@@ -144,7 +144,7 @@ def _launch_add_residual(
             "out_stride": out.stride(0),
         },
         {"C": channels, "SCALED": output_scale_factor != 1.0, "BLOCK_N": block_n, "BLOCK_C": block_c},
-        num_warps=8,
+        num_warps=row_warps(block_n, block_c, x.element_size()),
     )
     return stats
 
@@ -242,7 +242,7 @@ def add_residual(
     Args:
         x: (B, *spatial, C) float32, float16 or bfloat16; channels adjacent, pixels dense, any stride between images.
         residual: like `x` in shape and dtype; strided likewise.
-        bias: (C,), or (B, C) for one vector an image (a time embedding already added in, say); any float dtype.
+        bias: (C,), or (B, C) for one vector an image (a time embedding in it, say); float32, float16 or bfloat16.
         output_scale_factor: divisor; not 0.
         want_stats: also return the statistics.
         out: where to write; may be `x` or `residual` itself.

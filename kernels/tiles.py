@@ -56,6 +56,11 @@ def row_tile(batch: int, rows: int, channels: int, chunks: int, multiprocessors:
     return min(triton.next_power_of_2(-(-rows // chunks)), ROW_ELEMENTS // block_c), block_c
 
 
+def row_warps(block_n: int, block_c: int, itemsize: int) -> int:
+    """Warps for a `row_tile`: at most 8, and few enough that each thread moves 16 bytes at a time."""
+    return min(max(block_n * block_c * itemsize // 512, 1), 8)
+
+
 def chunk_tile(chunks: int, block_c: int) -> int:
     """BLOCK_K: how many chunks' partials of BLOCK_C channels are read at once; three sizes, for fewer compilations."""
     most = min(MAX_CHUNKS, max(1, PARTIAL_ELEMENTS // block_c))

@@ -204,6 +204,10 @@ def test_chunks_are_few_and_tiles_fit_the_registers(size):
     assert chunks == 1 or rows // chunks >= 64
     block_n, block_c = tiles.row_tile(batch, rows, channels, chunks)
     assert block_n * block_c <= 2048 and block_n & (block_n - 1) == 0 and block_c & (block_c - 1) == 0
+    for itemsize in (2, 4):
+        warps = tiles.row_warps(block_n, block_c, itemsize)
+        assert warps in (1, 2, 4, 8)
+        assert warps == 1 or block_n * block_c * itemsize >= 16 * 32 * warps
 
 
 @pytest.mark.gpu
