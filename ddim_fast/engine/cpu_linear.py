@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import SETTLED_ROWS, has_onednn
+from .winograd import has_onednn
 
 ONCE = ([0, 0], [1, 1], [1, 1], 1)
 
@@ -76,7 +76,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _filters(weight: PackedLinear, rows: int) -> Tensor:
-    rows = min(rows, SETTLED_ROWS)
+    # In an order meant for other numbers of rows oneDNN may take ten times as long.
     if weight.packed is None or weight.rows != rows:
         matrix = weight.weight.contiguous()
         shape = [1, matrix.shape[1], 1, rows]
