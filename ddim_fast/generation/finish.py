@@ -39,9 +39,10 @@ def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -
         return
     data = write_png(sheet, {})
     if "/" not in grid and os.sep not in grid:
-        store.write(grid, data)
+        # The record first: cut off between the two, the next run sees that the file is not there.
         files = finish_record(store).get("files", {})
         write_finish_record(store, {**files, grid: hashlib.sha256(data).hexdigest()}, complete=True)
+        store.write(grid, data)
     elif "://" in grid:
         folder, name = grid.rsplit("/", 1)
         open_store(folder).write(name, data)

@@ -1,6 +1,7 @@
 """What a second interruption, a full memory and a signal leave behind."""
 
 import _thread
+import shutil
 import threading
 
 import pytest
@@ -72,3 +73,28 @@ def test_parts_that_do_not_divide_the_batch_are_counted_as_they_run(tmp_path, ca
     make(tmp_path, "0-5", pipe=pipe, batch_size=6)
     assert [len(call) for call in pipe.calls] == [6, 3, 2, 2, 2]
     assert "batches run in 3 parts of up to 2 images" in caplog.text
+
+
+def test_a_job_cut_off_around_its_contact_sheet_knows_it_as_its_own(tmp_path, monkeypatch):
+    make(tmp_path / "whole", "0-9")
+    write = LocalStore.write
+    for number in range(1, 4):
+        for after in (False, True):
+            calls = iter(range(1, 100))
+
+            def cut(self, *file, number=number, after=after, calls=calls):
+                last = next(calls) == number
+                if after or not last:
+                    write(self, *file)
+                if last:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(LocalStore, "write", cut)
+            with pytest.raises(KeyboardInterrupt):
+                make(tmp_path / "cut", "0-9")
+            monkeypatch.undo()
+            make(tmp_path / "cut", "0-9")
+            assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+            make(tmp_path / "cut", "20-99", overwrite=True)
+            assert not (tmp_path / "cut/grid.png").exists()
+            shutil.rmtree(tmp_path / "cut")
