@@ -6,9 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
-from pathlib import Path
 
 import pytest
 from fake_jobs import FakePipeline, count_file_operations, fork, killed, make, tree
@@ -17,16 +15,6 @@ from ddim_fast.generation import JobError, verify
 
 FORMATS = ["png", "npz", "webdataset", "parquet"]
 JOB = {"seeds": "0-59", "batch_size": 8, "chunk_size": 16}
-
-
-@pytest.fixture
-def ram(tmp_path):
-    """A folder in memory, where a flush costs nothing; `tmp_path` on a machine without one."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
 
 
 def moments(work, seed):
@@ -38,12 +26,12 @@ def moments(work, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_thirty_random_moments_and_resumed_nothing_is_lost_or_left_over(ram, format):
-    make(ram / "undisturbed", format=format, **JOB)
-    undisturbed = tree(ram / "undisturbed")
+def test_killed_at_thirty_random_moments_and_resumed_nothing_is_lost_or_left_over(tmp_path, format):
+    make(tmp_path / "undisturbed", format=format, **JOB)
+    undisturbed = tree(tmp_path / "undisturbed")
     kills = 0
-    for number, moment in enumerate(moments(lambda: make(ram / "counted", format=format, **JOB), 7)):
-        out = ram / str(number)
+    for number, moment in enumerate(moments(lambda: make(tmp_path / "counted", format=format, **JOB), 7)):
+        out = tmp_path / str(number)
         kills += killed(fork(lambda out=out: make(out, format=format, **JOB), *moment))
         make(out, format=format, **JOB)
         assert tree(out) == undisturbed, f"killed at {moment}"
@@ -53,13 +41,13 @@ def test_killed_at_thirty_random_moments_and_resumed_nothing_is_lost_or_left_ove
 
 
 @pytest.mark.slow
-def test_two_shards_killed_at_thirty_random_moments_are_completed_by_their_next_runs(ram):
-    make(ram / "undisturbed", **JOB)
-    undisturbed = tree(ram / "undisturbed")
-    when = [moments(lambda k=k: make(ram / "counted", shard=f"{k}/2", **JOB), 8 + k) for k in range(2)]
+def test_two_shards_killed_at_thirty_random_moments_are_completed_by_their_next_runs(tmp_path):
+    make(tmp_path / "undisturbed", **JOB)
+    undisturbed = tree(tmp_path / "undisturbed")
+    when = [moments(lambda k=k: make(tmp_path / "counted", shard=f"{k}/2", **JOB), 8 + k) for k in range(2)]
     kills = 0
     for number, both in enumerate(zip(*when, strict=True)):
-        out = ram / str(number)
+        out = tmp_path / str(number)
         children = [
             fork(lambda k=k, out=out: make(out, shard=f"{k}/2", **JOB), *moment) for k, moment in enumerate(both)
         ]

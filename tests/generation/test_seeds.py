@@ -80,9 +80,7 @@ def test_a_million_seeds_are_planned_within_a_second_and_fifty_megabytes(tmp_pat
 
     def plan(number):
         with pytest.raises(Planned):
-            make(
-                tmp_path / str(number), "0-999999", pipe=AtTheFirstBatch(), batch_size=64, chunk_size=256, subdirs=True
-            )
+            make(tmp_path / str(number), "0-999999", pipe=AtTheFirstBatch(), batch_size=64, chunk_size=256)
 
     spent = []
     for number in range(3):

@@ -65,6 +65,7 @@ def test_damaged_files_of_the_whole_job_are_made_again(memory):
     assert memory.cat("/job/metadata.jsonl") == whole
 
 
-def test_a_file_address_is_a_local_folder(tmp_path):
-    assert make(f"file://{tmp_path}/out", "0-9").complete
-    assert open_store(f"file://{tmp_path}/out").out == str(tmp_path / "out")
+def test_a_file_address_is_a_local_folder_on_any_disk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    assert make(f"file://{folder}/out", "0-9").complete
+    assert open_store(f"file://{folder}/out").out == str(folder / "out")
