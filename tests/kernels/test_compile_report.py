@@ -53,6 +53,9 @@ def test_the_extremes_of_every_kernel_compile_well_for_every_chip(tmp_path):
         assert bool(row["tensor_core"]) == (row["precision"] != "float32")
         assert row["wide_loads"] == row["loads"] > 0, "attention's rows are 16-byte aligned"
         assert row["wide_stores"] == row["stores"] > 0
+    for row in rows:
+        if row["kernel"] in ("add_residual", "interleave", "statistics"):
+            assert row["wide_loads"] == row["loads"], row["choices"]
     on_hopper = [row for row in attention if row["arch"] == 90 and row["precision"] == "float16"]
     assert all("HGMMA" in row["tensor_core"] for row in on_hopper)
     assert "worst of each" in done.stdout
