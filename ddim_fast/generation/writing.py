@@ -55,6 +55,8 @@ class Writer:
         self.chunks = threading.BoundedSemaphore(CHUNKS_IN_MEMORY)
         self.open: dict[int, _Open] = {}
         self.lock = threading.Lock()
+        self.idle = threading.Condition(self.lock)
+        self.submitted = self.finished = 0
         self.error: BaseException | None = None
 
     def put(self, chunk: Chunk, offset: int, images: np.ndarray, bad: np.ndarray) -> None:
@@ -69,6 +71,8 @@ class Writer:
         self.batches.acquire()
         self.seconds["waiting"] += time.perf_counter() - start
         self.encoders.submit(self._encode, self.open[chunk.index], offset, images, bad)
+        # Counted afterwards: interrupted between the two, `close` waits for one batch less and never for one too many.
+        self.submitted += 1
 
     def close(self) -> None:
         """Wait for every complete chunk to be on disk; raise the first error of any thread.
@@ -76,14 +80,19 @@ class Writer:
         Interrupted (a second Ctrl-C), it drops what is still to be written and raises once no thread writes any more.
         """
         try:
-            self.encoders.shutdown()
-            self.committer.shutdown()
+            self._wait()
         except BaseException as error:
             self.error = self.error or error
-            self.encoders.shutdown()
-            self.committer.shutdown()
+            self._wait()
             raise
+        self.encoders.shutdown()
+        self.committer.shutdown()
         self._raise()
+
+    def _wait(self) -> None:
+        # Not by joining threads: until Python 3.13 an interrupted join takes a thread that runs for one that ended.
+        with self.idle:
+            self.idle.wait_for(lambda: self.finished >= self.submitted)
 
     def _encode(self, state: _Open, offset: int, images: np.ndarray, bad: np.ndarray) -> None:
         start = time.perf_counter()
@@ -103,6 +112,8 @@ class Writer:
             state.bad += [state.chunk.seeds[offset + int(at)] for at in np.flatnonzero(bad)]
             state.left -= len(images)
             complete = state.left == 0
+            if not complete:
+                self._count()
         if complete:
             self.committer.submit(self._commit, state)
 
@@ -117,6 +128,12 @@ class Writer:
         del self.open[state.chunk.index]
         self.chunks.release()
         self.seconds["writing"] += time.perf_counter() - start
+        with self.lock:
+            self._count()
+
+    def _count(self) -> None:
+        self.finished += 1
+        self.idle.notify_all()
 
     def _raise(self) -> None:
         if self.error is not None:

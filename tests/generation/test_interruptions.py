@@ -1,7 +1,7 @@
 """What a second interruption, a full memory and a signal leave behind."""
 
-import _thread
 import shutil
+import signal
 import threading
 
 import pytest
@@ -32,7 +32,7 @@ def test_a_second_interruption_waits_for_the_chunk_that_is_being_written(tmp_pat
             return super().sample_uint8(**arguments)
 
     def interrupt_again():
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         threading.Timer(0.3, go_on.set).start()
 
     monkeypatch.setattr(LocalStore, "publish", slow_publish)
