@@ -87,6 +87,9 @@ static void share(parallel_fn parallel, unsigned threads, void (*run)(const void
 #include "cpu_kernels.c"
 #undef NAME
 
+/* By these `native.py` knows a library that was built from another version of this file. */
+const int64_t ddim_fast_sizes[2] = {sizeof(struct transform), sizeof(struct norm)};
+
 /* The widest instruction set to use: 2 AVX-512, 1 AVX2, 0 what every processor has. Tests lower it. */
 int ddim_fast_widest = 2;
 

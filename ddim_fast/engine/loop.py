@@ -13,6 +13,7 @@ from ..noise import draw_seeds, randn_tensor
 from .convs import nchw
 from .forward import fused_forward, time_table
 from .pack import PackedUNet
+from .winograd import workspace
 
 if TYPE_CHECKING:
     from ..scheduler import DDIMScheduler
@@ -229,4 +230,5 @@ def run_eagerly(run: Run, predict: Predict, progress: Callable[[int], object]) -
                 state.noise = draw_noise(run).expand(len(window), *run.latents.shape)
             run_step(state, predict, run.update, index)
             progress(1)
+    workspace.release()
     return state.sample

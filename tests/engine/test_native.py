@@ -18,6 +18,11 @@ def test_an_installation_with_a_compiler_has_them():
     assert native.library() is not None
 
 
+def test_a_library_of_another_version_is_not_called():
+    assert not native.is_current(ctypes.CDLL(None))
+    assert native.library() is None or native.is_current(native.library())
+
+
 @pytest.fixture
 def widest():
     """Limits the instruction set: 2 AVX-512, 1 AVX2, 0 what every processor has."""
