@@ -107,7 +107,9 @@ def main() -> None:
         ratio, predicted = taken[0] / taken[1], guess[0] / guess[1]
         wrong = "  wrong" if (ratio > 1) != (predicted > 1) else ""
         print(f"{shape!s:26} {taken[0] * 1e3:7.2f}ms {taken[1] * 1e3:7.2f}ms {ratio:5.2f}  {predicted:5.2f}{wrong}")
-    for name, cost in zip(("DIRECT_COST", "OPERATORS_COST" if options.operators else "WINOGRAD_COST"), costs, strict=True):
+    for name, cost in zip(
+        ("DIRECT_COST", "OPERATORS_COST" if options.operators else "WINOGRAD_COST"), costs, strict=True
+    ):
         print(f"{name} = ({', '.join(f'{value:.2g}' for value in cost)})")
     print(f"mean time over the best choice: {chosen / best:.3f} (always direct: {direct / best:.3f})")
 
