@@ -39,14 +39,15 @@ def by_turns(benchmark: Any, contenders: dict[str, Callable[[], object]], rounds
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
 
     def timed(name: str) -> None:
-        time.sleep(PAUSE)
         start = time.perf_counter()
         contenders[name]()
         seconds[name].append(time.perf_counter() - start)
 
     def setup() -> None:
         for name in peers:
+            time.sleep(PAUSE)
             timed(name)
+        time.sleep(PAUSE)
         peers.append(peers.pop(0))
 
     for call in contenders.values():
