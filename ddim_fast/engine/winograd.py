@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ TILE = 4
 DEFAULT_CACHE = 8 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
+# Whatever the process's default dtype and device are: the C kernels write by address.
+PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 # Floats from which on glibc maps a block anew at every allocation.
 LARGE = 30 << 18
 
@@ -103,7 +106,7 @@ class Workspace(threading.local):
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < count:
             with torch.inference_mode(False):
-                buffer = self.buffers[name] = torch.empty(count)
+                buffer = self.buffers[name] = torch.empty(count, **PLAIN)
         return buffer[:count].view(shape)
 
     def fresh(self, *shape: int) -> Tensor:
@@ -113,14 +116,14 @@ class Workspace(threading.local):
         """
         count = torch.Size(shape).numel()
         if count < LARGE or not hasattr(torch._C, "_storage_Use_Count"):
-            return torch.empty(shape)
+            return torch.empty(shape, **PLAIN)
         for buffer in self.large:
             storage = buffer.untyped_storage()
             # Held by `buffer` and by `storage` alone.
             if buffer.numel() == count and torch._C._storage_Use_Count(storage._cdata) == 2:
                 return buffer.view(shape)
         with torch.inference_mode(False):
-            self.large.append(torch.empty(count))
+            self.large.append(torch.empty(count, **PLAIN))
         return self.large[-1].view(shape)
 
     def release(self) -> None:

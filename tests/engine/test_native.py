@@ -147,3 +147,14 @@ def test_small_tensors_are_the_allocators():
     space = Workspace()
     space.fresh(LARGE - 1)
     assert not space.large
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_changes_no_buffer(kind):
+    torch.set_default_dtype(kind)
+    try:
+        space = Workspace()
+        made = [space.take("x", 4), space.fresh(4), space.fresh(LARGE)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in made)
