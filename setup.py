@@ -16,8 +16,8 @@ test = [
 # Without a C compiler the installation goes on, and PyTorch's operators take the place of these kernels.
 cpu_kernels = Extension(
     "ddim_fast.engine._cpu_kernels",
-    ["ddim_fast/engine/cpu_kernels.c"],
-    depends=["ddim_fast/engine/cpu_kernels.c"],
+    sorted(str(path) for path in Path("ddim_fast/engine").glob("*.c")),
+    depends=sorted(str(path) for path in Path("ddim_fast/engine").glob("*.h")),
     extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-Wno-psabi"],
     libraries=[] if sys.platform == "win32" else ["m"],
     optional=True,

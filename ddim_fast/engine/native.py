@@ -1,4 +1,4 @@
-"""The C kernels of `cpu_kernels.c`, if the installation could build them: Winograd's transforms, GroupNorm + SiLU.
+"""The C kernels of the CPU engine, if the installation could build them: `cpu_winograd.c` and `cpu_norm.c`.
 
 They are built when the package is installed, where there is a C compiler. Without them the same passes run as PyTorch
 operators (`winograd.py`, `cpu_norm.py`), within rounding of these.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ logger = logging.getLogger(__name__)
 MODULE = "ddim_fast.engine._cpu_kernels"
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
+# Output channels that are multiplied together.
+PANEL = 32
 
 
-class _Transform(ctypes.Structure):
+class _Conv(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "residual", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out", "taps", "scratch")),
         *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
-        *((name, ctypes.c_int64) for name in ("first_row", "rows", "columns", "height", "width", "channels")),
+        *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels", "out_channels")),
+        *((name, ctypes.c_int64) for name in ("block", "group")),
         ("divisor", ctypes.c_float),
         ("upsample", ctypes.c_int32),
     ]
@@ -70,11 +74,14 @@ def library() -> Any:
 
 def is_current(loaded: Any) -> bool:
     """Whether the library was built from this version's source: its structures have the sizes of ours."""
+    structures = {"ddim_fast_conv_size": _Conv, "ddim_fast_norm_size": _Norm}
     try:
-        sizes = (ctypes.c_int64 * 2).in_dll(loaded, "ddim_fast_sizes")
+        return all(
+            ctypes.c_int64.in_dll(loaded, name).value == ctypes.sizeof(structure)
+            for name, structure in structures.items()
+        )
     except ValueError:
         return False
-    return list(sizes) == [ctypes.sizeof(_Transform), ctypes.sizeof(_Norm)]
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -99,69 +106,65 @@ def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor, tensor.stride(0) if len(tensor) > 1 else 0
 
 
-def to_taps(x: Tensor, first_row: int, rows: int, out: Tensor, upsample: bool) -> None:
-    """Winograd's input transform of tile rows `first_row` to `first_row + rows` of every image.
-
-    Args:
-        x: float32 (B, H, W, C), each image dense; pixels outside count as zero.
-        out: (B * rows, columns, a, a, C), dense, the width's tap before the height's: a is 6, or 5 with `upsample`.
-    """
-    _, height, width, channels = x.shape
-    block = _Transform(
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        x_stride=x.stride(0),
-        first_row=first_row,
-        rows=rows,
-        columns=out.shape[1],
-        height=height,
-        width=width,
-        channels=channels,
-        upsample=upsample,
-    )
-    loaded = library()
-    loaded.ddim_fast_to_taps(ctypes.byref(block), ctypes.c_int64(len(x)), loaded.parallel, torch.get_num_threads())
+def pack_filters(weight: Tensor) -> Tensor:
+    """(Cout, Cin, 3, 3) as `winograd_conv3x3` reads it: float32 (panels of 32 output channels, Cin, 9, 32)."""
+    out_channels, in_channels = weight.shape[:2]
+    filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, 9, dtype=torch.float32)
+    filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2))
+    return filters.permute(0, 2, 3, 1).contiguous()
 
 
-def from_taps(
-    product: Tensor,
-    first_row: int,
-    rows: int,
+def winograd_conv3x3(
+    x: Tensor,
+    filters: Tensor,
     out: Tensor,
     upsample: bool,
     bias: Tensor | None,
     residual: Tensor | None,
     divisor: float,
+    block: int,
+    group: int,
+    take: Callable[[str, int], Tensor],
 ) -> None:
-    """Winograd's output transform: (pixels + bias + residual) / divisor into the tile rows that `to_taps` read.
+    """(conv(x) + bias + residual) / divisor into `out`: 3x3, stride 1, padding 1, behind a 2x upsampling if `upsample`.
 
     Args:
-        product: float32 (B * rows, columns, a, a, C), dense.
-        out: (B, H, W, C), each image dense; what tiles have beyond its edges is dropped.
-        bias: (C,) or (B, C).
+        x: float32 (B, H, W, Cin), each image dense.
+        filters: from `pack_filters`.
+        out: (B, H', W', Cout), each image dense.
+        bias: (Cout,) or (B, Cout).
         residual: like `out`, and it may be `out`.
+        block: tiles of 4x4 outputs that are transformed together.
+        group: tiles of a block that one thread multiplies together.
+        take: gives a buffer of a name and a number of floats.
     """
-    _, height, width, channels = out.shape
+    images, height, width, in_channels = x.shape
     bias, bias_stride = _vector(bias)
-    block = _Transform(
-        x=product.data_ptr(),
+    conv = _Conv(
+        x=x.data_ptr(),
+        filters=filters.data_ptr(),
         bias=_address(bias),
         residual=_address(residual),
         out=out.data_ptr(),
+        x_stride=x.stride(0),
         out_stride=out.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         bias_stride=bias_stride,
-        first_row=first_row,
-        rows=rows,
-        columns=product.shape[1],
+        images=images,
         height=height,
         width=width,
-        channels=channels,
+        in_channels=in_channels,
+        out_channels=out.shape[3],
+        block=block,
+        group=min(group, block),
         divisor=divisor,
         upsample=upsample,
     )
-    loaded = library()
-    loaded.ddim_fast_from_taps(ctypes.byref(block), ctypes.c_int64(len(out)), loaded.parallel, torch.get_num_threads())
+    loaded, threads = library(), torch.get_num_threads()
+    room = (ctypes.c_int64 * 2)()
+    loaded.ddim_fast_winograd_room(ctypes.byref(conv), ctypes.c_int64(threads), room)
+    conv.taps, conv.scratch = take("taps", room[0]).data_ptr(), take("scratch", room[1]).data_ptr()
+    loaded.ddim_fast_winograd(ctypes.byref(conv), loaded.parallel, threads)
 
 
 def group_norm(

@@ -5,9 +5,10 @@ Networks", 2016): Y = A^T [(G g G^T) * (B^T d B)] A with the points 0, 1, -1, 2,
 channels a tile in place of 144. Behind a nearest 2x upsampling a window holds each small pixel twice: the transformed
 row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
 
-The transforms are element-wise over slabs of channels, along the height and then along the width. Only a tile's first
-transformed row reads the pixel before the tile and only its last one the pixel behind it, so edges need no padding.
-All products of a block of tiles are one grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
+The C kernel of `native.py` does it where there is one. With PyTorch's operators the transforms are element-wise over slabs
+of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel before the tile
+and only its last one the pixel behind it, so edges need no padding. All products of a block of tiles are one grouped 1x1
+conv of oneDNN, which runs at its matrix product's rate.
 """
 
 import os
@@ -27,6 +28,8 @@ TILE = 4
 DEFAULT_CACHE = 8 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
+# Tiles that the C kernel multiplies with filters that it transformed once.
+GROUP = 128
 # Whatever the process's default dtype and device are: the C kernels write by address.
 PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 # Floats from which on glibc maps a block anew at every allocation.
@@ -50,11 +53,13 @@ ONES = 1
 class WinogradWeight:
     """A 3x3 filter (Cout, Cin, 3, 3) for Winograd, `upsample`: behind a nearest 2x upsampling.
 
-    `packed` holds its products, transformed once, in the order that blocks of `rows` tiles want.
+    `filters` is what the C kernel reads, which transforms them as it goes. For PyTorch's operators `packed` holds them
+    transformed once, in the order that blocks of `rows` tiles want.
     """
 
     weight: Tensor
     upsample: bool = False
+    filters: Tensor | None = None
     rows: int = 0
     packed: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -256,6 +261,11 @@ def block_tiles(in_channels: int, out_channels: int) -> int:
     return max(cache_bytes() // 2 // (4 * floats), SETTLED_ROWS)
 
 
+def native_block(in_channels: int) -> int:
+    """The same for the C kernel, which keeps no products: an eighth of the cache, so that it is still there next time."""
+    return max(cache_bytes() // 8 // (4 * 36 * in_channels), SETTLED_ROWS)
+
+
 def winograd_conv3x3(
     x: Tensor,
     weight: WinogradWeight,
@@ -288,7 +298,13 @@ def winograd_conv3x3(
     if out is None:
         out = workspace.fresh(batch, height * grow, width * grow, out_channels)
     if native.usable(x, bias, residual, out):
-        return _native(x, weight, bias, residual, output_scale_factor, out, tiles)
+        if weight.filters is None:
+            weight.filters = native.pack_filters(weight.weight)
+        block = min(batch * -(-height // step) * -(-width // step), tiles or native_block(channels))
+        native.winograd_conv3x3(
+            x, weight.filters, out, weight.upsample, bias, residual, output_scale_factor, block, GROUP, workspace.take
+        )
+        return out
     if height % step or width % step:
         whole = torch.nn.functional.pad(x, (0, 0, 0, -width % step, 0, -height % step))
         result = winograd_conv3x3(whole, weight, bias=bias, tiles=tiles)[:, : out.shape[1], : out.shape[2]]
@@ -323,36 +339,6 @@ def winograd_conv3x3(
         _from_taps(half.unbind(3), result.unflatten(1, (high, TILE)).unbind(2), *scratch)
         before = None if residual is None else residual[b0:b1, r0 * TILE : r1 * TILE]
         _finish(result, before, output_scale_factor, place)
-    return out
-
-
-def _native(
-    x: Tensor,
-    weight: WinogradWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output_scale_factor: float,
-    out: Tensor,
-    tiles: int | None,
-) -> Tensor:
-    """`winograd_conv3x3` with each transform in one pass; tiles may reach beyond the edges."""
-    batch, height, width, channels = x.shape
-    step = TILE // 2 if weight.upsample else TILE
-    rows, columns, count = -(-height // step), -(-width // step), weight.taps
-    for b0, b1, r0, r1 in _blocks(batch, rows, columns, tiles or block_tiles(channels, out.shape[-1])):
-        data = workspace.take("data", (b1 - b0) * (r1 - r0), columns, count, count, channels)
-        native.to_taps(x[b0:b1], r0, r1 - r0, data, weight.upsample)
-        product = _products(data.view(-1, count * count * channels), weight, None)
-        native.from_taps(
-            product.view(*data.shape[:4], -1),
-            r0,
-            r1 - r0,
-            out[b0:b1],
-            weight.upsample,
-            bias[b0:b1] if bias is not None and bias.ndim == 2 and len(bias) > 1 else bias,
-            None if residual is None else residual[b0:b1],
-            output_scale_factor,
-        )
     return out
 
 

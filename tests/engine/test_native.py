@@ -47,8 +47,8 @@ def test_every_instruction_set_gives_the_same_convolution(widest, upsample, chan
         widest(level)
         outputs.append(winograd_conv3x3(x, weight, bias=torch.ones(2, 24)))
 
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-5, atol=1e-4)
+    for different in outputs[1:]:
+        assert (different - outputs[0]).norm() <= 2e-6 * outputs[0].norm()
 
 
 @needs_kernels
@@ -68,22 +68,20 @@ def test_every_instruction_set_gives_the_same_norm(widest):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_threads_do_not_change_a_bit(batch):
     torch.manual_seed(0)
-    x, weight = torch.randn(batch, 20, 20, 32), torch.randn(32)
+    x, weight, filters = torch.randn(batch, 20, 20, 32), torch.randn(32), torch.randn(80, 32, 3, 3)
     before = torch.get_num_threads()
-    outputs, taps = [], []
+    outputs, convolved = [], []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             outputs.append(group_norm_silu(x, weight, weight, 8, 1e-5))
-            out = torch.empty(5 * batch, 5, 6, 6, 32)
-            native.to_taps(x, 0, 5, out, False)
-            taps.append(out)
+            convolved.append(winograd_conv3x3(x, WinogradWeight(filters), tiles=17))
     finally:
         torch.set_num_threads(before)
 
     for different in (1, 2):
         assert torch.equal(outputs[different], outputs[0])
-        assert torch.equal(taps[different], taps[0])
+        assert torch.equal(convolved[different], convolved[0])
 
 
 @needs_kernels
