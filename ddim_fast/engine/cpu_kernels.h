@@ -9,6 +9,8 @@
 #include <string.h>
 
 #define LANES 16
+/* Columns that are multiplied together. */
+#define PANEL 32
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));

@@ -26,6 +26,10 @@ MODULE = "ddim_fast.engine._cpu_kernels"
 LEAST_PART, MOST_PARTS = 64, 64
 # Output channels that are multiplied together.
 PANEL = 32
+# Rows of a product that a thread takes together.
+ROWS = 128
+# Whatever the process's default dtype and device are: the kernels write by address.
+PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 class _Conv(ctypes.Structure):
@@ -36,6 +40,13 @@ class _Conv(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("block", "group")),
         ("divisor", ctypes.c_float),
         ("upsample", ctypes.c_int32),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_channels", "out_channels", "group")),
     ]
 
 
@@ -74,7 +85,7 @@ def library() -> Any:
 
 def is_current(loaded: Any) -> bool:
     """Whether the library was built from this version's source: its structures have the sizes of ours."""
-    structures = {"ddim_fast_conv_size": _Conv, "ddim_fast_norm_size": _Norm}
+    structures = {"ddim_fast_conv_size": _Conv, "ddim_fast_norm_size": _Norm, "ddim_fast_product_size": _Product}
     try:
         return all(
             ctypes.c_int64.in_dll(loaded, name).value == ctypes.sizeof(structure)
@@ -107,11 +118,36 @@ def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def pack_filters(weight: Tensor) -> Tensor:
-    """(Cout, Cin, 3, 3) as `winograd_conv3x3` reads it: float32 (panels of 32 output channels, Cin, 9, 32)."""
+    """(Cout, Cin, ...) with T trailing numbers, in the order of the kernels: float32 (panels of 32 of Cout, Cin, T, 32)."""
     out_channels, in_channels = weight.shape[:2]
-    filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, 9, dtype=torch.float32)
-    filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2))
+    filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, weight[0, 0].numel(), **PLAIN)
+    filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2) if weight.ndim > 2 else weight[..., None])
     return filters.permute(0, 2, 3, 1).contiguous()
+
+
+def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """x @ weight.T + bias + residual into `out`.
+
+    Args:
+        x: float32 (..., Cin), dense.
+        filters: `pack_filters` of the weight (Cout, Cin).
+        out: (..., Cout), dense.
+        bias: (Cout,), dense.
+        residual: like `out`, and it may be `out`.
+    """
+    block = _Product(
+        x=x.data_ptr(),
+        filters=filters.data_ptr(),
+        bias=_address(bias),
+        residual=_address(residual),
+        out=out.data_ptr(),
+        rows=x.numel() // x.shape[-1],
+        in_channels=x.shape[-1],
+        out_channels=out.shape[-1],
+        group=ROWS,
+    )
+    loaded = library()
+    loaded.ddim_fast_product(ctypes.byref(block), loaded.parallel, torch.get_num_threads())
 
 
 def winograd_conv3x3(

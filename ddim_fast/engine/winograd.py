@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native import PLAIN
 
 TILE = 4
 DEFAULT_CACHE = 8 << 20
@@ -30,8 +31,6 @@ DEFAULT_CACHE = 8 << 20
 SETTLED_ROWS = 64
 # Tiles that the C kernel multiplies with filters that it transformed once.
 GROUP = 128
-# Whatever the process's default dtype and device are: the C kernels write by address.
-PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 # Floats from which on glibc maps a block anew at every allocation.
 LARGE = 30 << 18
 

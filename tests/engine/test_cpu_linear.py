@@ -4,12 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddim_fast.engine import cpu_linear
+from ddim_fast.engine import cpu_linear, native
 from ddim_fast.engine.cpu_linear import PackedLinear, add_product, attention, linear
 
 
-@pytest.fixture(params=["onednn", "torch"], autouse=True)
+@pytest.fixture(params=["native", "onednn", "torch"], autouse=True)
 def product_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native":
+        if native.library() is None:
+            pytest.skip("the C kernels are not built")
+        return
+    monkeypatch.setattr(native, "library", lambda: None)
     if request.param == "torch":
         monkeypatch.setattr(cpu_linear, "has_onednn", lambda: False)
     elif not cpu_linear.has_onednn():
