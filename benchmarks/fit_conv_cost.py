@@ -32,6 +32,11 @@ SHAPES = [
         (28, 64, 64),
         (32, 32, 32),
         (8, 512, 512),
+        (32, 3, 128),
+        (32, 128, 3),
+        (28, 32, 1),
+        (14, 96, 64),
+        (7, 96, 96),
     )
 ] + [
     (1, 16, 512, 512, False),
@@ -95,7 +100,10 @@ def main() -> None:
     sweep = torch.randn(12 << 20)
     with torch.no_grad():
         seconds = [measure(shape, options.rounds, sweep) for shape in SHAPES]
-    terms = [cpu_conv.cost_terms(*(s[0], s[1], s[1], *s[2:]), threads=options.threads) for s in SHAPES]
+    terms = [
+        tuple(part(*(s[0], s[1], s[1], *s[2:]), options.threads) for part in (cpu_conv.direct_terms, cpu_conv.winograd_terms))
+        for s in SHAPES
+    ]
     costs = [fit([t[k] for t in terms], [s[k] for s in seconds]) for k in range(2)]
     best = chosen = direct = 0.0
     print(f"{'batch side cin cout up':26} {'direct':>9} {'winograd':>9} ratio  predicted")

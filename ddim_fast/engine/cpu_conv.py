@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .winograd import WinogradWeight, block_tiles, has_onednn, winograd_conv3x3, workspace
+from .winograd import GROUP, WinogradWeight, block_tiles, has_onednn, native_block, winograd_conv3x3, workspace
 
 
 @dataclass
@@ -38,44 +38,63 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
 
 
 # Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
-DIRECT_COST = (8.7e-12, 4.2e-9, 2.7e-11, 2.0e-4)
-WINOGRAD_COST = (8.8e-12, 9.5e-10, 3.8e-11, 3.3e-4)
+DIRECT_COST = (8.5e-12, 4.5e-9, 2.5e-11, 2.6e-4)
+WINOGRAD_COST = (1.0e-11, 1.1e-9, 6.2e-11, 1.1e-4, 0.0)
 # With PyTorch's operators in place of the C kernels (`--operators`).
 OPERATORS_COST = (6.8e-12, 1.7e-9, 3.1e-11, 8.5e-4)
 
 
-def cost_terms(
+def direct_terms(
     batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool, threads: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the time of a conv is made of, direct and by Winograd, for an input of `height` by `width`.
+) -> tuple[float, ...]:
+    """What the time of a direct conv is made of, for an input of `height` by `width`.
 
-    Direct: operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls.
-    Winograd: operations of the products a thread, transformed elements a thread, bytes of weights, blocks.
+    Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls.
     """
     channels = in_channels * out_channels
     pixels = batch * height * width
     taps = 16 if upsample else 9
     phased = 4 * pixels * out_channels if upsample else 0
-    direct = (2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0)
+    return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0
+
+
+def winograd_terms(
+    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool, threads: int
+) -> tuple[float, ...]:
+    """The same by Winograd, in C or by PyTorch's operators.
+
+    Operations of the products a thread, transformed elements a thread, bytes of weights, blocks of tiles; and in C the
+    filters' elements that a thread transforms. There channels go by 32, and so do the parts of the work.
+    """
     step, products = (2, 25) if upsample else (4, 36)
     tiles = batch * -(-height // step) * -(-width // step)
-    blocks = -(-tiles // block_tiles(in_channels, out_channels))
-    winograd = (
-        2 * products * tiles * channels / threads,
-        products * tiles * (in_channels + out_channels) / threads,
-        4 * products * channels,
-        float(blocks),
+    if native.library() is None:
+        channels = in_channels * out_channels
+        return (
+            2 * products * tiles * channels / threads,
+            products * tiles * (in_channels + out_channels) / threads,
+            4 * products * channels,
+            float(-(-tiles // block_tiles(in_channels, out_channels))),
+        )
+    panels, groups = -(-out_channels // native.PANEL), -(-tiles // GROUP)
+    channels = in_channels * panels * native.PANEL
+    used = min(threads, panels * groups)
+    return (
+        2 * products * tiles * channels / used,
+        products * tiles * (-(-in_channels // 16) * 16 + panels * native.PANEL) / threads,
+        4 * 9 * channels,
+        float(-(-tiles // native_block(in_channels))),
+        products * groups * channels / used,
     )
-    return direct, winograd
 
 
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
     """`winograd` or `direct`: the one that takes less time by the fitted cost."""
-    terms = cost_terms(batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads())
+    shape = batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads()
     transforms = OPERATORS_COST if native.library() is None else WINOGRAD_COST
     direct, winograd = (
         sum(count * seconds for count, seconds in zip(part, cost, strict=True))
-        for part, cost in zip(terms, (DIRECT_COST, transforms), strict=True)
+        for part, cost in ((direct_terms(*shape), DIRECT_COST), (winograd_terms(*shape), transforms))
     )
     return "winograd" if winograd < direct else "direct"
 

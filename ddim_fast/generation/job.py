@@ -114,7 +114,7 @@ def settings_text(job: Job) -> bytes:
     except PackageNotFoundError:
         ours = "unknown"
     content = {"ddim_fast": ours, "model": job.model, "settings": job.settings}
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return "".join([*json.JSONEncoder(indent=2).iterencode(content), "\n"]).encode()
 
 
 def read_job(store: Store) -> Job | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 LARGEST_SEED = 2**63 - 1
 MOST_SEEDS = 10**10
+# How many seeds are Python objects at a time: a million of them take ten times the memory of their arrays.
+BLOCK = 2**15
+_PART = re.compile(r"(?:^|,)([^,]*)")
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -25,11 +31,12 @@ class Seeds:
         self.ends = np.cumsum(np.asarray(count, dtype=np.int64))
         if not len(self.first):
             raise ValueError("seeds is empty; name at least one, for example 0-63")
-        order = np.argsort(self.first, kind="stable")
-        last = (self.first + np.diff(self.ends, prepend=0) - 1)[order]
-        again = np.flatnonzero(last[:-1] >= self.first[order][1:])
+        starts = np.sort(self.first)
+        # Runs are disjoint where each starts after as many ended as started before it.
+        last = starts if len(self) == len(starts) else np.sort(self.first + np.diff(self.ends, prepend=0) - 1)
+        again = np.flatnonzero(last[:-1] >= starts[1:])
         if len(again):
-            seed = self.first[order][again[0] + 1]
+            seed = starts[again[0] + 1]
             raise ValueError(f"seeds names {seed} twice; an image is its seed, so every seed may appear once")
 
     def __len__(self) -> int:
@@ -38,15 +45,13 @@ class Seeds:
     def __getitem__(self, where: int | slice) -> int | list[int]:
         at = np.arange(*where.indices(len(self))) if isinstance(where, slice) else np.array([range(len(self))[where]])
         run = np.searchsorted(self.ends, at, side="right")
-        starts = np.concatenate(([0], self.ends[:-1]))
-        values: list[int] = (self.first[run] + (at - starts[run])).tolist()
+        starts = np.where(run > 0, self.ends[run - 1], 0)
+        values: list[int] = (self.first[run] + (at - starts)).tolist()
         return values if isinstance(where, slice) else values[0]
 
     def __iter__(self) -> Iterator[int]:
-        start = 0
-        for first, end in zip(self.first.tolist(), self.ends.tolist(), strict=True):
-            yield from range(first, first + end - start)
-            start = end
+        for start in range(0, len(self), BLOCK):
+            yield from self[start : start + BLOCK]  # type: ignore[misc]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Seeds) and str(self) == str(other)
@@ -55,9 +60,13 @@ class Seeds:
         return hash(str(self))
 
     def __str__(self) -> str:
-        counts = np.diff(self.ends, prepend=0).tolist()
-        pairs = zip(self.first.tolist(), counts, strict=True)
-        return ",".join(f"{a}" if n == 1 else f"{a}-{a + n - 1}" for a, n in pairs)
+        def text(at: int) -> str:
+            first, ends = self.first[at : at + BLOCK].tolist(), self.ends[at : at + BLOCK].tolist()
+            starts = [int(self.ends[at - 1]) if at else 0, *ends[:-1]]
+            runs = zip(first, starts, ends, strict=True)
+            return ",".join(f"{a}" if end - start == 1 else f"{a}-{a + end - start - 1}" for a, start, end in runs)
+
+        return ",".join(text(at) for at in range(0, len(self.first), BLOCK))
 
     def __repr__(self) -> str:
         return f"Seeds({str(self)!r})"
@@ -68,8 +77,9 @@ def parse_seeds(text: str) -> Seeds:
 
     Raises `ValueError` naming the part that is not a seed or a range, runs backwards, or repeats a seed.
     """
-    first, count = [], []
-    for part in text.split(","):
+    first, count = array("q"), array("q")
+    for found in _PART.finditer(text):
+        part = found[1]
         match = _RANGE.fullmatch(part)
         if not match:
             raise ValueError(f"seeds: {part.strip()!r} is neither a number nor a range such as 0-63")
@@ -84,8 +94,11 @@ def parse_seeds(text: str) -> Seeds:
     return Seeds(first, count)
 
 
-def as_seeds(seeds: Seeds | str | int | range | Iterable[int]) -> Seeds:
-    """Take seeds as text, one int, a range or any iterable of ints. Raises `ValueError` or `TypeError`."""
+def as_seeds(seeds: Any) -> Seeds:
+    """Take seeds as text, one int, a range, an array, a tensor or any iterable of ints.
+
+    Raises `ValueError` for seeds that are not in [0, 2**63) or not distinct, and `TypeError` for no integers.
+    """
     if isinstance(seeds, Seeds):
         return seeds
     if isinstance(seeds, str):
@@ -97,7 +110,11 @@ def as_seeds(seeds: Seeds | str | int | range | Iterable[int]) -> Seeds:
             raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {seeds}")
         _check_count(seeds.stop - seeds.start, repr(seeds))
         return Seeds([seeds.start] if len(seeds) else [], [len(seeds)] if len(seeds) else [])
-    values = np.asarray(list(seeds) if not isinstance(seeds, np.ndarray) else seeds)
+    if isinstance(seeds, torch.Tensor):
+        seeds = seeds.detach().cpu()
+    elif not isinstance(seeds, np.ndarray | Sequence):
+        seeds = list(seeds)
+    values = np.asarray(seeds)
     if values.size == 0:
         return Seeds([], [])
     if values.dtype == object and all(isinstance(value, int) for value in values.flat):
@@ -108,9 +125,12 @@ def as_seeds(seeds: Seeds | str | int | range | Iterable[int]) -> Seeds:
         wrong = values.min() if values.min() < 0 else values.max()
         raise ValueError(f"seeds must lie in 0 to {LARGEST_SEED}, got {wrong}")
     # Differences of unsigned numbers would wrap around.
-    values = values.astype(np.int64)
-    starts = np.flatnonzero(np.concatenate(([True], np.diff(values) != 1)))
-    return Seeds(values[starts], np.diff(np.append(starts, len(values))))
+    values = values.astype(np.int64, copy=False)
+    starts = np.flatnonzero(np.append(True, np.diff(values) != 1))
+    first, count = values[starts], np.diff(starts, append=len(values))
+    # A million scattered seeds are planned in 50 MB: nothing lives longer than it must.
+    del values, starts
+    return Seeds(first, count)
 
 
 def _check_count(count: int, part: str) -> None:
