@@ -40,9 +40,11 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1) if use_conv else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # PyTorch's channels-last kernel indexes with 32 bits and fails on larger outputs. From 64 samples on diffusers
-        # leaves that layout too, and the conv rounds as theirs only if it reads the same one.
-        if hidden_states.shape[0] >= 64 or hidden_states.numel() * 4 > 2**31:
+        # Diffusers leaves channels-last from 64 samples on, and the conv rounds as theirs only if it reads the same
+        # layout. Graphs choose their own layouts, and this would split them at 64.
+        as_diffusers = not torch.compiler.is_compiling() and hidden_states.shape[0] >= 64
+        # PyTorch's channels-last kernel indexes with 32 bits and fails on larger outputs.
+        if as_diffusers or hidden_states.numel() * 4 > 2**31:
             hidden_states = hidden_states.contiguous()
         hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         return hidden_states if self.conv is None else self.conv(hidden_states)
