@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .sampling import is_out_of_memory
+from .sampling import is_out_of_memory, same_algorithms
 
 LARGEST = 1024
 # The widest activation then stays in the second and third level caches of any current CPU.
@@ -23,8 +23,10 @@ def choose_batch_size(pipe: Any, num_images: int, labels: list[int] | None) -> i
     if pipe.device.type != "cuda":
         return min(most, _fits_cache(pipe.unet.config))
     size = 1
-    while size * 2 <= most and _fits_device(pipe, size * 2, labels):
-        size *= 2
+    # The job's own algorithms, for others may need other memory.
+    with same_algorithms():
+        while size * 2 <= most and _fits_device(pipe, size * 2, labels):
+            size *= 2
     # The graphs of the trials would keep their memory.
     pipe.repack()
     return size

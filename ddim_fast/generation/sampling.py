@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,21 @@ logger = logging.getLogger(__name__)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 Emit = Callable[[Chunk, int, np.ndarray, np.ndarray], None]
+
+
+@contextmanager
+def same_algorithms() -> Iterator[None]:
+    """Let cuDNN choose a convolution's algorithm by its shape, so that every process computes the same bytes.
+
+    By timing them, two processes may choose two. These are settings of the whole process, restored at the end.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @dataclass
@@ -43,6 +59,7 @@ class Sampler:
         self.pinned: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.turn = 0
 
+    @same_algorithms()
     def run(self, chunks: Any, emit: Emit) -> None:
         """Sample `chunks` and hand `emit(chunk, offset, images, bad)` each batch without its padding.
 

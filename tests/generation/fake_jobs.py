@@ -13,6 +13,9 @@ import numpy as np
 import torch
 
 from ddim_fast.generation import generate
+from ddim_fast.generation.cluster import ChunkWorker
+from ddim_fast.generation.job import read_job
+from ddim_fast.generation.store import open_store
 
 
 class FakeUNet(torch.nn.Module):
@@ -76,6 +79,18 @@ def tree(folder):
         for top, _, names in os.walk(folder)
         for name in names
     }
+
+
+def worker(out, pipe, monkeypatch, todo=(0, 1, 2)):
+    """A Ray actor's object, in this process."""
+    monkeypatch.setattr("ddim_fast.generation.cluster._pipeline", lambda *how: pipe)
+    job = read_job(open_store(out))
+    return ChunkWorker("model", job, str(out), list(todo), "stop", 0.0)
+
+
+def rows(worker, *positions):
+    """What `worker` returns for the chunks at `positions` of its `todo`."""
+    return worker({"id": np.array(positions)})
 
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}

@@ -4,14 +4,10 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
-from fake_jobs import FakePipeline, FakeScheduler, make, tree
+from fake_jobs import FakePipeline, FakeScheduler, make, rows, tree, worker
 
 from ddim_fast.generation import verify
-from ddim_fast.generation.cluster import ChunkWorker
-from ddim_fast.generation.job import read_job
-from ddim_fast.generation.store import open_store
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ddim_fast[ray]'")
 pytest.importorskip("ray.data", reason="ray is installed without Ray Data: pip install 'ray[data]'")
@@ -78,17 +74,6 @@ def test_killing_a_worker_in_mid_job_loses_and_duplicates_nothing(tmp_path, clus
     # With GPUs in the cluster a worker finds the batch that fits; here that is a CPU's.
     automatic = make(tmp_path / "automatic", pipe=DyingPipeline(once=once), ray="auto", batch_size="auto")
     assert (automatic.batch_size, automatic.complete, automatic.engine) == (64, True, "plain")
-
-
-def worker(out, pipe, monkeypatch, todo=(0, 1, 2)):
-    """An actor's object, in this process."""
-    monkeypatch.setattr("ddim_fast.generation.cluster._pipeline", lambda *how: pipe)
-    job = read_job(open_store(out))
-    return ChunkWorker("model", job, str(out), list(todo), "stop", 0.0)
-
-
-def rows(worker, *positions):
-    return worker({"id": np.array(positions)})
 
 
 def test_a_worker_leaves_a_chunk_that_is_finished_as_it_is(tmp_path, monkeypatch):
