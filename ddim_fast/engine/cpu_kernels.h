@@ -1,5 +1,5 @@
 /* What the C kernels of the CPU engine share: 16 floats at a time, and PyTorch's own OpenMP team to run the parts of a
-   call, through the `GOMP_parallel` that the caller passes. Vector extensions of GCC and Clang, no library. */
+   call. Vector extensions of GCC and Clang, no library. */
 
 #ifndef DDIM_FAST_CPU_KERNELS_H
 #define DDIM_FAST_CPU_KERNELS_H
@@ -17,35 +17,60 @@ typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
+#define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define PARTS(count, size) (((count) + (size) - 1) / (size))
 
 typedef void (*task_fn)(void *);
-typedef void (*parallel_fn)(task_fn, void *, unsigned, unsigned);
-/* One part of a call; `worker` counts the threads that take parts of it from 0. */
+/* PyTorch's OpenMP team: `GOMP_parallel` and `omp_get_thread_num`, or NULL, and how many threads of it to use. */
+struct team {
+    void (*parallel)(task_fn, void *, unsigned, unsigned);
+    int (*number)(void);
+    int64_t threads;
+};
+/* One part of a call; `worker` is the thread's number in the team. */
 typedef void (*part_fn)(const void *arguments, int64_t part, int64_t worker);
 
+#define MOST_THREADS 128
+/* What a thread has left of its own parts, in a cache line of its own. */
+struct left {
+    int64_t next, end;
+    char apart[48];
+};
 struct job {
-    int64_t next, count, workers;
+    const struct team *team;
+    int64_t workers;
     part_fn run;
     const void *arguments;
+    struct left left[MOST_THREADS];
 };
 
 static void work_on(void *pointer) {
     struct job *job = pointer;
-    const int64_t worker = __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED);
-    for (;;) {
-        const int64_t part = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-        if (part >= job->count) return;
-        job->run(job->arguments, part, worker);
+    const int64_t worker = job->team->number();
+    for (int64_t turn = 0; turn < job->workers; turn++) {
+        struct left *left = job->left + (worker + turn) % job->workers;
+        for (;;) {
+            const int64_t part = __atomic_fetch_add(&left->next, 1, __ATOMIC_RELAXED);
+            if (part >= left->end) break;
+            job->run(job->arguments, part, worker);
+        }
     }
 }
 
-static void share(parallel_fn parallel, unsigned threads, part_fn run, const void *arguments, int64_t count) {
-    struct job job = {0, count, 0, run, arguments};
-    if (parallel == NULL || threads < 2 || count < 2)
-        work_on(&job);
-    else
-        parallel(work_on, &job, threads, 0);
+/* Run `count` parts. A thread takes an even share of neighbouring parts first, so that over a chain of calls it finds in
+   its own cache what it wrote, and then what others have left. */
+static void share(const struct team *team, part_fn run, const void *arguments, int64_t count) {
+    const int64_t workers = LEAST(LEAST(team->threads, MOST_THREADS), count);
+    if (team->parallel == NULL || workers < 2) {
+        for (int64_t part = 0; part < count; part++) run(arguments, part, 0);
+        return;
+    }
+    struct job job = {.team = team, .workers = workers, .run = run, .arguments = arguments};
+    for (int64_t worker = 0; worker < workers; worker++) {
+        job.left[worker].next = worker * count / workers;
+        job.left[worker].end = (worker + 1) * count / workers;
+    }
+    team->parallel(work_on, &job, workers, 0);
 }
 
 /* The widest instruction set to use: 2 AVX-512, 1 AVX2, 0 what every processor has. Tests lower it. */

@@ -13,6 +13,7 @@ struct norm {
     int64_t x_stride, x2_stride, add_stride, scale_stride, shift_stride;
     int64_t images, pixels, channels, channels2, groups;
     int64_t part, parts; /* pixels whose statistics are taken together, and how many times that an image has */
+    int64_t spans;       /* ranges of groups that an image is shared out by; 0: by pixels */
     float eps;
     int32_t silu;
 };
@@ -27,15 +28,14 @@ const int64_t ddim_fast_norm_size = sizeof(struct norm);
 
 /* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means
    and sums of squared deviations of the parts, then what the last pass multiplies with. */
-void ddim_fast_group_norm(const struct norm *norm, parallel_fn parallel, unsigned threads) {
-    /* Whole images stay in a core's cache between the passes. */
-    if (norm->images >= 2 * (int64_t)threads || norm->images % threads == 0) {
-        share(parallel, threads, PICK(norm_image), norm, norm->images);
+void ddim_fast_group_norm(const struct norm *norm, const struct team *team) {
+    if (norm->spans) {
+        share(team, PICK(norm_span), norm, norm->spans * norm->images);
         return;
     }
-    share(parallel, threads, PICK(norm_statistics), norm, norm->images * norm->parts);
-    share(parallel, threads, PICK(norm_finish), norm, norm->images);
-    share(parallel, threads, PICK(norm_apply), norm, norm->images * norm->parts);
+    share(team, PICK(norm_statistics), norm, norm->images * norm->parts);
+    share(team, PICK(norm_finish), norm, norm->images);
+    share(team, PICK(norm_apply), norm, norm->images * norm->parts);
 }
 
 #else
@@ -57,52 +57,57 @@ INLINE floats NAME(exponential)(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-/* The statistics of `parts` parts from `first` on of one input, whose channels begin at `offset` of all channels:
-   in a strip by its mean and then by the deviations from it, of strips together by Chan et al.'s formula. */
+/* The statistics of `parts` parts from `first` on, of the channels `begin` to `end` of one input, which come behind `offset`
+   others: in a strip by its mean and then by the deviations from it, of strips together by Chan et al.'s formula. */
 INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset, const struct norm *n, float *work,
-                                int64_t first, int64_t parts) {
+                                int64_t first, int64_t parts, int64_t begin, int64_t end) {
     const int64_t all = n->channels + n->channels2;
     for (int64_t part = first; part < first + parts; part++) {
         float *means = work + part * 2 * all + offset, *squares = means + all;
-        const int64_t end = LEAST((part + 1) * n->part, n->pixels);
-        for (int64_t start = part * n->part; start < end; start += STRIP) {
-            const int64_t count = LEAST(STRIP, end - start), before = start - part * n->part;
+        const int64_t last = LEAST((part + 1) * n->part, n->pixels);
+        for (int64_t start = part * n->part; start < last; start += STRIP) {
+            const int64_t count = LEAST(STRIP, last - start), before = start - part * n->part;
             const float fresh = (float)count / (float)(before + count);
-            for (int64_t c = 0; c < channels; c += LANES) {
+            for (int64_t c = begin; c < end; c += LANES) {
                 const float *from = x + start * channels + c;
                 floats sum = {0}, square = {0};
-                for (int64_t p = 0; p < count; p++) sum += NAME(load)(from + p * channels, channels - c);
+                for (int64_t p = 0; p < count; p++) sum += NAME(load)(from + p * channels, end - c);
                 floats mean = sum / (float)count;
                 for (int64_t p = 0; p < count; p++) {
-                    const floats deviation = NAME(load)(from + p * channels, channels - c) - mean;
+                    const floats deviation = NAME(load)(from + p * channels, end - c) - mean;
                     square += deviation * deviation;
                 }
                 if (before) {
-                    const floats old = NAME(load)(means + c, channels - c), delta = mean - old;
-                    square += NAME(load)(squares + c, channels - c) + delta * delta * (before * fresh);
+                    const floats old = NAME(load)(means + c, end - c), delta = mean - old;
+                    square += NAME(load)(squares + c, end - c) + delta * delta * (before * fresh);
                     mean = old + delta * fresh;
                 }
-                NAME(store)(means + c, mean, channels - c);
-                NAME(store)(squares + c, square, channels - c);
+                NAME(store)(means + c, mean, end - c);
+                NAME(store)(squares + c, square, end - c);
             }
         }
     }
 }
 
-INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first, int64_t parts) {
-    const int64_t all = n->channels + n->channels2;
+/* Of both inputs, the channels `begin` to `end` of all. */
+INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first, int64_t parts, int64_t begin,
+                             int64_t end) {
+    const int64_t own = n->channels, all = own + n->channels2;
     float *work = n->work + image * n->parts * 2 * all;
-    NAME(statistics_of)(n->x + image * n->x_stride, n->channels, 0, n, work, first, parts);
-    if (n->x2) NAME(statistics_of)(n->x2 + image * n->x2_stride, n->channels2, n->channels, n, work, first, parts);
+    NAME(statistics_of)
+    (n->x + image * n->x_stride, own, 0, n, work, first, parts, LEAST(begin, own), LEAST(end, own));
+    if (n->x2)
+        NAME(statistics_of)
+    (n->x2 + image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0), MOST(end - own, 0));
 }
 
-/* From the statistics of all parts to three numbers a channel, in the place of the first parts: what is taken off, what is
+/* From the statistics of all parts to three numbers a channel of some groups, in the place of the first parts: what is taken off, what is
    multiplied with and what is added. Each part has room for two, and the pivot goes behind all images' parts. */
-INLINE void NAME(finish)(const struct norm *n, int64_t image) {
+INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int64_t last) {
     const int64_t all = n->channels + n->channels2, parts = n->parts, wide = all / n->groups;
     float *work = n->work + image * parts * 2 * all, *pivots = n->work + n->images * parts * 2 * all + image * all;
     const float *add = n->add ? n->add + image * n->add_stride : NULL;
-    for (int64_t group = 0; group < n->groups; group++) {
+    for (int64_t group = first; group < last; group++) {
         double mean = 0, squares = 0;
         for (int64_t c = group * wide; c < (group + 1) * wide; c++) {
             double total = 0;
@@ -128,14 +133,14 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image) {
 }
 
 INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
-                           int64_t first, int64_t last) {
+                           int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t all = n->channels + n->channels2;
     const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
     const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
     float *out = n->out + image * n->pixels * all + offset;
     for (int64_t p = first; p < last; p++) {
-        for (int64_t c = 0; c < channels; c += LANES) {
-            const int64_t left = channels - c;
+        for (int64_t c = begin; c < end; c += LANES) {
+            const int64_t left = end - c;
             floats y = NAME(load)(x + p * channels + c, left) - NAME(load)(pivots + c, left);
             y = y * NAME(load)(factors + c, left) + NAME(load)(terms + c, left);
             if (n->silu) y = y / (1.0f + NAME(exponential)(-y));
@@ -144,33 +149,43 @@ INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, con
     }
 }
 
-INLINE void NAME(apply)(const struct norm *n, int64_t image, int64_t first, int64_t last) {
-    NAME(apply_to)(n->x + image * n->x_stride, n->channels, 0, n, image, first, last);
-    if (n->x2) NAME(apply_to)(n->x2 + image * n->x2_stride, n->channels2, n->channels, n, image, first, last);
+/* The pixels `first` to `last` of an image, the channels `begin` to `end` of all. */
+INLINE void NAME(apply)(const struct norm *n, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    const int64_t own = n->channels;
+    NAME(apply_to)
+    (n->x + image * n->x_stride, own, 0, n, image, first, last, LEAST(begin, own), LEAST(end, own));
+    if (n->x2)
+        NAME(apply_to)
+    (n->x2 + image * n->x2_stride, n->channels2, own, n, image, first, last, MOST(begin - own, 0), MOST(end - own, 0));
 }
 
-static void NAME(norm_image)(const void *arguments, int64_t image, int64_t worker) {
-    (void)worker;
+static void NAME(norm_span)(const void *arguments, int64_t part, int64_t worker) {
     const struct norm *n = arguments;
-    NAME(statistics)(n, image, 0, n->parts);
-    NAME(finish)(n, image);
-    NAME(apply)(n, image, 0, n->pixels);
+    const int64_t image = part % n->images, span = part / n->images, wide = (n->channels + n->channels2) / n->groups;
+    const int64_t first = span * n->groups / n->spans, last = (span + 1) * n->groups / n->spans;
+    (void)worker;
+    NAME(statistics)(n, image, 0, n->parts, first * wide, last * wide);
+    NAME(finish)(n, image, first, last);
+    NAME(apply)(n, image, 0, n->pixels, first * wide, last * wide);
 }
 
 static void NAME(norm_statistics)(const void *arguments, int64_t index, int64_t worker) {
-    (void)worker;
     const struct norm *n = arguments;
-    NAME(statistics)(n, index / n->parts, index % n->parts, 1);
+    (void)worker;
+    NAME(statistics)(n, index / n->parts, index % n->parts, 1, 0, n->channels + n->channels2);
 }
 
 static void NAME(norm_finish)(const void *arguments, int64_t image, int64_t worker) {
-    (void)worker; NAME(finish)(arguments, image); }
+    const struct norm *n = arguments;
+    (void)worker;
+    NAME(finish)(n, image, 0, n->groups);
+}
 
 static void NAME(norm_apply)(const void *arguments, int64_t index, int64_t worker) {
-    (void)worker;
     const struct norm *n = arguments;
-    const int64_t part = index % n->parts;
-    NAME(apply)(n, index / n->parts, part * n->part, LEAST((part + 1) * n->part, n->pixels));
+    const int64_t part = index % n->parts, first = part * n->part;
+    (void)worker;
+    NAME(apply)(n, index / n->parts, first, LEAST(first + n->part, n->pixels), 0, n->channels + n->channels2);
 }
 
 #endif

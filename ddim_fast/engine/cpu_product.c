@@ -17,9 +17,8 @@ struct product {
 const int64_t ddim_fast_product_size = sizeof(struct product);
 
 /* `residual` may be `out`. */
-void ddim_fast_product(const struct product *product, parallel_fn parallel, unsigned threads) {
-    const int64_t parts = PARTS(product->rows, product->group) * PARTS(product->out_channels, PANEL);
-    share(parallel, threads, PICK(product), product, parts);
+void ddim_fast_product(const struct product *product, const struct team *team) {
+    share(team, PICK(product), product, PARTS(product->rows, product->group) * PARTS(product->out_channels, PANEL));
 }
 
 #else
@@ -28,8 +27,8 @@ void ddim_fast_product(const struct product *product, parallel_fn parallel, unsi
 
 static void NAME(product)(const void *arguments, int64_t part, int64_t worker) {
     const struct product *p = arguments;
-    const int64_t panels = PARTS(p->out_channels, PANEL), panel = part % panels, depth = p->in_channels;
-    const int64_t first = part / panels * p->group, last = LEAST(first + p->group, p->rows), end = p->out_channels;
+    const int64_t groups = PARTS(p->rows, p->group), panel = part / groups, depth = p->in_channels;
+    const int64_t first = part % groups * p->group, last = LEAST(first + p->group, p->rows), end = p->out_channels;
     const float *filters = p->filters + panel * depth * PANEL;
     (void)worker;
     for (int64_t row = first; row < last; row += ROWS) {

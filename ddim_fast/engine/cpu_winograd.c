@@ -26,10 +26,11 @@ struct conv {
     int32_t upsample;
 };
 
-/* A block of a conv: `count` tiles from the tile `first` on, in the order of image, row, column. */
+/* A block of a conv: `count` tiles from the tile `first` on, in the order of image, row, column. Its input channels are
+   transformed in `spans`. */
 struct block {
     const struct conv *conv;
-    int64_t first, count, rows, columns, groups, panels, taps, tap_stride, workers;
+    int64_t first, count, rows, columns, groups, panels, spans, taps, tap_stride;
 };
 
 /* A thread's own memory: a panel's filters and the products of a group. */
@@ -51,20 +52,20 @@ void ddim_fast_winograd_room(const struct conv *conv, int64_t threads, int64_t *
 }
 
 /* (conv(x) + bias + residual) / divisor. */
-void ddim_fast_winograd(const struct conv *conv, parallel_fn parallel, unsigned threads) {
+void ddim_fast_winograd(const struct conv *conv, const struct team *team) {
     const int64_t step = conv->upsample ? 2 : 4;
     const int64_t rows = PARTS(conv->height, step), columns = PARTS(conv->width, step);
     const int64_t tiles = conv->images * rows * columns, blocks = PARTS(tiles, conv->block);
     struct block block = {.conv = conv, .rows = rows, .columns = columns, .panels = PARTS(conv->out_channels, PANEL)};
     block.taps = conv->upsample ? 25 : 36;
-    block.workers = threads;
+    block.spans = LEAST(team->threads, PARTS(conv->in_channels, PANEL));
     for (int64_t index = 0; index < blocks; index++) {
         block.first = index * tiles / blocks;
         block.count = (index + 1) * tiles / blocks - block.first;
         block.groups = PARTS(block.count, conv->group);
         block.tap_stride = block.count * (conv->in_channels + APART) + APART;
-        share(parallel, threads, PICK(transform), &block, block.count);
-        share(parallel, threads, PICK(convolve), &block, block.groups * block.panels);
+        share(team, PICK(transform), &block, block.spans * block.count);
+        share(team, PICK(convolve), &block, block.panels * block.groups);
     }
 }
 
@@ -130,14 +131,16 @@ INLINE void NAME(upsampled_filter_of)(const floats g[3], floats t[5]) {
     t[4] = g[2];
 }
 
-/* B^T d B of one tile, the height's tap before the width's; `side` taps a side is constant after inlining. */
-INLINE void NAME(transform_tile)(const struct block *b, int64_t index, const int side) {
+/* B^T d B of a span of one tile's channels, the height's tap before the width's; `side` taps a side is constant after inlining. */
+INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int side) {
     const struct conv *conv = b->conv;
+    const int64_t index = part % b->count, vectors = PARTS(conv->in_channels, LANES), span = part / b->count;
+    const int64_t begin = span * vectors / b->spans * LANES, end = (span + 1) * vectors / b->spans * LANES;
     const int64_t tile = b->first + index, channels = conv->in_channels, size = side == 6 ? 6 : 4;
     const float *x = conv->x + tile / (b->rows * b->columns) * conv->x_stride;
     const int64_t top = tile / b->columns % b->rows * (size - 2) - 1, left = tile % b->columns * (size - 2) - 1;
     float *out = conv->taps + index * (channels + APART);
-    for (int64_t c = 0; c < channels; c += LANES) {
+    for (int64_t c = begin; c < end; c += LANES) {
         floats rows[6][6], d[6], t[6];
         for (int j = 0; j < size; j++) {
             for (int i = 0; i < size; i++) {
@@ -234,14 +237,13 @@ INLINE void NAME(finish_tile)(const struct block *b, int64_t tile, int64_t panel
 
 INLINE void NAME(convolve_part)(const struct block *b, int64_t part, int64_t worker, const int side) {
     const struct conv *conv = b->conv;
-    const int64_t panel = part % b->panels, group = part / b->panels, taps = side * side, channels = conv->in_channels;
+    const int64_t panel = part / b->groups, group = part % b->groups, taps = side * side, channels = conv->in_channels;
     const int64_t start = group * b->count / b->groups, count = (group + 1) * b->count / b->groups - start;
     const int64_t step = DEPTH(count), filters_apart = step * PANEL + APART, products_apart = count * PANEL + APART;
     float *filters = conv->scratch + worker * scratch_floats(taps, conv->group), *products = filters + taps * filters_apart;
     for (int64_t k = 0; k < channels; k += step) {
         const int64_t depth = LEAST(step, channels - k), size = 9 * PANEL;
         const float *from = conv->filters + (panel * channels + k) * size, *ahead = from + depth * size;
-        if (k + depth == channels) ahead += (b->workers - 1) * channels * size;
         NAME(transform_filters)(from, filters, depth, filters_apart, side);
         for (int64_t tap = 0; tap < taps; tap++) {
             /* The filters of the next step come from memory while this one multiplies. */

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MODULE = "ddim_fast.engine._cpu_kernels"
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
+# Floats of an image up to which a norm is shared out by its groups.
+MOST_BY_GROUPS = 1 << 20
 # Output channels that are multiplied together.
 PANEL = 32
 # Rows of a product that a thread takes together.
@@ -50,11 +52,16 @@ class _Product(ctypes.Structure):
     ]
 
 
+class _Team(ctypes.Structure):
+    _fields_ = [("parallel", ctypes.c_void_p), ("number", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+
+
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "x2", "weight", "bias", "add", "scale", "shift", "out", "work")),
         *((name, ctypes.c_int64) for name in ("x_stride", "x2_stride", "add_stride", "scale_stride", "shift_stride")),
-        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups", "part", "parts")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups")),
+        *((name, ctypes.c_int64) for name in ("part", "parts", "spans")),
         ("eps", ctypes.c_float),
         ("silu", ctypes.c_int32),
     ]
@@ -74,13 +81,23 @@ def library() -> Any:
             "thirds of the speed; with a C compiler at hand, install ddim_fast again",
         )
         return None
-    # PyTorch's own OpenMP team runs them: a second one would fight it for the cores.
-    team = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        loaded.parallel = ctypes.cast(ctypes.CDLL(str(team)).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError):
-        loaded.parallel = ctypes.c_void_p()
     return loaded
+
+
+@cache
+def _functions() -> tuple[int | None, int | None]:
+    """Where PyTorch's own OpenMP team is entered and numbered: a second one would fight it for the cores."""
+    try:
+        library_of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions = library_of_torch.GOMP_parallel, library_of_torch.omp_get_thread_num
+    except (OSError, AttributeError):
+        return None, None
+    parallel, number = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return parallel, number
+
+
+def _team(threads: int) -> Any:
+    return ctypes.byref(_Team(*_functions(), threads))
 
 
 def is_current(loaded: Any) -> bool:
@@ -146,8 +163,7 @@ def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residu
         out_channels=out.shape[-1],
         group=ROWS,
     )
-    loaded = library()
-    loaded.ddim_fast_product(ctypes.byref(block), loaded.parallel, torch.get_num_threads())
+    library().ddim_fast_product(ctypes.byref(block), _team(torch.get_num_threads()))
 
 
 def winograd_conv3x3(
@@ -200,7 +216,7 @@ def winograd_conv3x3(
     room = (ctypes.c_int64 * 2)()
     loaded.ddim_fast_winograd_room(ctypes.byref(conv), ctypes.c_int64(threads), room)
     conv.taps, conv.scratch = take("taps", room[0]).data_ptr(), take("scratch", room[1]).data_ptr()
-    loaded.ddim_fast_winograd(ctypes.byref(conv), loaded.parallel, threads)
+    loaded.ddim_fast_winograd(ctypes.byref(conv), _team(threads))
 
 
 def group_norm(
@@ -220,7 +236,9 @@ def group_norm(
     """`cpu_norm.group_norm_silu` into `out` (B, H, W, C1 + C2), dense; `work` is scratch of `work_size` floats."""
     batch, height, width, channels = x.shape
     channels2 = 0 if x2 is None else x2.shape[-1]
-    part = part_size(height * width)
+    part, threads = part_size(height * width), torch.get_num_threads()
+    # By groups a thread finds in its own cache what it convolved; rows of a large image are better read whole.
+    by_groups = num_groups >= threads and height * width * (channels + channels2) <= MOST_BY_GROUPS
     (add, add_stride), (scale, scale_stride), (shift, shift_stride) = _vector(add), _vector(scale), _vector(shift)
     norm = _Norm(
         x=x.data_ptr(),
@@ -244,11 +262,11 @@ def group_norm(
         channels=channels,
         channels2=channels2,
         groups=num_groups,
+        spans=threads if by_groups else 0,
         eps=eps,
         silu=silu,
     )
-    loaded = library()
-    loaded.ddim_fast_group_norm(ctypes.byref(norm), loaded.parallel, torch.get_num_threads())
+    library().ddim_fast_group_norm(ctypes.byref(norm), _team(threads))
 
 
 def work_size(batch: int, pixels: int, channels: int) -> int:
