@@ -254,12 +254,28 @@ def read_record(store: Store, index: int) -> dict[str, Any] | None:
     return _record(store.read_many([record_name(index)])[0])
 
 
+def drop_records(store: Store, finished: Mapping[int, dict[str, Any]], indices: Iterable[int]) -> None:
+    """Have chunks made again. Their number of images stays known: an array holds those of later chunks behind them."""
+    for index in indices:
+        store.write(record_name(index), (json.dumps({"images": finished[index]["images"]}) + "\n").encode())
+
+
+def images_of_dropped(store: Store, indices: Sequence[int]) -> dict[int, int]:
+    """How many images each chunk had whose record was dropped; without those of which nothing is known."""
+    texts = store.read_many([record_name(index) for index in indices])
+    known = {}
+    for index, text in zip(indices, texts, strict=True):
+        with suppress(ValueError, KeyError, TypeError):
+            known[index] = int(json.loads(text or b"")["images"])
+    return known
+
+
 def _record(text: bytes | None) -> dict[str, Any] | None:
     # A power failure may leave a record empty: its chunk is made again.
     try:
         record: dict[str, Any] = json.loads(text or b"")
         record["images"], record["sha256"], record["bad"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None
     return record
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .ahead import ahead
 from .errors import JobError
 from .job import Job, chunk_digest, read_job
-from .store import Store, file_digest, finish_record, open_store, read_records, record_name, write_finish_record
+from .store import Store, drop_records, file_digest, finish_record, open_store, read_records, write_finish_record
 
 THREADS = 4
 
@@ -83,7 +83,7 @@ def verify(
     if repair and (result.damaged or result.files):
         with store.held(0, 1):
             write_finish_record(store, finish_record(store).get("files", {}), complete=False)
-            store.remove(record_name(index) for index in result.damaged)
+            drop_records(store, finished, result.damaged)
             store.close(finished=True)
     return result
 
@@ -100,7 +100,8 @@ def _check_chunk(job: Job, store: Store, index: int, finished: dict[int, Any]) -
         if chunk_digest(contents) != record["sha256"]:
             raise ValueError("decodes, but does not hold the bytes that were written")
     except (OSError, ValueError, JobError) as error:
-        return 0, f"chunk {index} (seeds {seeds[0]} to {seeds[-1]}) is damaged: {error}" if seeds else str(error)
+        which = f" (seeds {seeds[0]} to {seeds[-1]})" if seeds else ""
+        return 0, f"chunk {index}{which} is damaged: {error}"
     return images, None
 
 

@@ -2,8 +2,9 @@ import hashlib
 import os
 import shutil
 
+import numpy as np
 import pytest
-from fake_jobs import FakePipeline, make, tree
+from fake_jobs import FakePipeline, image_of, make, tree
 
 from ddim_fast.generation import JobError, verify
 
@@ -146,3 +147,46 @@ def test_a_folder_without_a_job_is_refused(tmp_path):
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(ValueError, match="not the settings of a job"):
         verify(tmp_path)
+
+
+def test_a_damaged_chunk_with_skipped_images_is_made_again_alone_in_an_array_too(tmp_path):
+    def job(pipe=None):
+        return make(tmp_path, pipe=pipe or skipping(), format="npz", class_labels="uniform", on_bad="skip")
+
+    def skipping():
+        return FakePipeline(classes=10, bad=[3, 35, 36, 47, 90])
+
+    job()
+    whole = tree(tmp_path)
+    data = bytearray(whole["samples.npz"])
+    # Chunk 2 starts behind the 31 images of chunks 0 and 1.
+    data[33 * 192 + 200] ^= 255
+    (tmp_path / "samples.npz").write_bytes(data)
+    for _ in range(2):
+        # The second time the chunk has no record that counts, and those behind it are still found.
+        found = verify(tmp_path, repair=True)
+        assert (found.ok, found.files) == (False, ["samples.npz"])
+        assert found.images == 95 - 13
+    again = skipping()
+    report = job(again)
+    assert [call[0] for call in again.calls] == [32, 40]
+    assert (report.complete, report.made, report.bad) == (True, 13, [3, 35, 36, 47, 90])
+    assert tree(tmp_path) == whole
+    checked = verify(tmp_path)
+    assert (checked.ok, checked.images, checked.bad) == (True, 95, [3, 35, 36, 47, 90])
+    kept = [seed for seed in range(100) if seed not in report.bad]
+    with np.load(tmp_path / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], np.stack([image_of(seed) for seed in kept]))
+        assert file["arr_1"].tolist() == [seed % 10 for seed in kept]
+
+
+@pytest.mark.parametrize("format", FILES)
+def test_a_chunk_of_skipped_images_alone_is_whole(tmp_path, format):
+    bad = [*range(16, 32), 40]
+    make(tmp_path, pipe=FakePipeline(bad=bad), format=format, on_bad="skip")
+    whole = tree(tmp_path)
+    checked = verify(tmp_path, repair=True)
+    assert (checked.ok, checked.images, checked.bad) == (True, 83, bad)
+    (tmp_path / ".ddim-fast/chunks/000001.json").unlink()
+    make(tmp_path, pipe=FakePipeline(bad=bad), format=format, on_bad="skip")
+    assert tree(tmp_path) == whole

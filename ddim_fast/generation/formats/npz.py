@@ -15,6 +15,7 @@ import numpy as np
 
 from ..ahead import ahead
 from ..errors import JobError
+from ..store import images_of_dropped
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -45,12 +46,12 @@ def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished:
         return [store.read(name)]
     except FileNotFoundError:
         pass
-    # Skipped images take no room, so a chunk starts where the images before it end. A chunk whose record was dropped
-    # for repair counts as whole here; where it was not, the digest of those after it will not agree.
+    # Skipped images take no room, so a chunk starts where the images before it end. A chunk of which nothing is known
+    # counts as whole; where it was not, the digest of those after it will not agree.
     image = int(np.prod(job.image_shape))
-    before = sum(
-        finished[other]["images"] if other in finished else len(job.chunk_seeds(other)) for other in range(index)
-    )
+    images = {other: finished[other]["images"] for other in range(index) if other in finished}
+    images.update(images_of_dropped(store, [other for other in range(index) if other not in finished]))
+    before = sum(images[other] if other in images else len(job.chunk_seeds(other)) for other in range(index))
     try:
         with store.open(ARRAY) as file, zipfile.ZipFile(file) as archive:
             data_at = _data_offset(archive, file)
