@@ -101,7 +101,10 @@ def main() -> None:
     with torch.no_grad():
         seconds = [measure(shape, options.rounds, sweep) for shape in SHAPES]
     terms = [
-        tuple(part(*(s[0], s[1], s[1], *s[2:]), options.threads) for part in (cpu_conv.direct_terms, cpu_conv.winograd_terms))
+        tuple(
+            part(*(s[0], s[1], s[1], *s[2:]), options.threads)
+            for part in (cpu_conv.direct_terms, cpu_conv.winograd_terms)
+        )
         for s in SHAPES
     ]
     costs = [fit([t[k] for t in terms], [s[k] for s in seconds]) for k in range(2)]

@@ -1,4 +1,4 @@
-"""3x3 convolutions over NHWC on the CPU: Winograd or oneDNN's direct one, whichever costs less for the shape.
+"""3x3 convolutions over NHWC on the CPU: Winograd or a direct one, whichever costs less for the shape.
 
 Weights are packed once, in the form that the first shape asks for; another form is packed when another shape needs it.
 """
@@ -38,10 +38,10 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
 
 
 # Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
-DIRECT_COST = (8.5e-12, 4.5e-9, 2.5e-11, 2.6e-4)
-WINOGRAD_COST = (1.0e-11, 1.1e-9, 6.2e-11, 1.1e-4, 0.0)
+DIRECT_COST = (8.5e-12, 3.9e-9, 9.0e-12, 1.1e-4, 2.6e-4)
+WINOGRAD_COST = (9.8e-12, 5.9e-10, 0.0, 1.3e-4, 1.3e-10)
 # With PyTorch's operators in place of the C kernels (`--operators`).
-OPERATORS_COST = (6.8e-12, 1.7e-9, 3.1e-11, 8.5e-4)
+OPERATORS_COST = (7.5e-12, 1.3e-9, 3.2e-11, 5.6e-4)
 
 
 def direct_terms(
@@ -49,13 +49,20 @@ def direct_terms(
 ) -> tuple[float, ...]:
     """What the time of a direct conv is made of, for an input of `height` by `width`.
 
-    Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls.
+    Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls, and calls
+    that oneDNN takes. In C output channels go by 32.
     """
-    channels = in_channels * out_channels
+    ours = in_c(out_channels, upsample)
+    channels = in_channels * (-(-out_channels // native.PANEL) * native.PANEL if ours else out_channels)
     pixels = batch * height * width
     taps = 16 if upsample else 9
     phased = 4 * pixels * out_channels if upsample else 0
-    return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0
+    return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0, float(not ours)
+
+
+def in_c(out_channels: int, upsample: bool) -> bool:
+    """Whether the C kernel takes a direct conv: a panel that is nearly empty costs more than a call of oneDNN."""
+    return native.library() is not None and not upsample and out_channels >= native.PANEL // 2
 
 
 def winograd_terms(
@@ -127,23 +134,31 @@ def conv3x3(
     """
     out_channels, in_channels = packed.weight.shape[:2]
     batch, height, width, _ = x.shape
-    if (
+    winograd = (
         not exact
         and packed.stride == 1
         and x.dtype == torch.float32
         and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
-    ):
-        if passing and out is None:
-            grow = 2 if packed.upsample else 1
-            out = workspace.take("convolved", batch, height * grow, width * grow, out_channels)
+    )
+    direct = native.usable(x, bias, residual, out) and in_c(out_channels, packed.upsample)
+    if out is None and (winograd or direct):
+        size = batch, *output_size(packed, height, width), out_channels
+        out = workspace.take("convolved", *size) if passing else workspace.fresh(*size)
+    if winograd:
+        bias = None if bias is None else bias.float()
         return winograd_conv3x3(
             x,
             _winograd(packed),
-            bias=None if bias is None else bias.float(),
+            bias=bias,
             residual=residual,
             output_scale_factor=output_scale_factor,
             out=out,
         )
+    if direct:
+        assert out is not None
+        padding = 0 if packed.right_bottom else 1
+        native.direct_conv3x3(x, _filters(packed), out, packed.stride, padding, bias, residual, output_scale_factor)
+        return out
     shared = None if bias is None or (bias.ndim == 2 and bias.shape[0] > 1) else bias.reshape(-1).to(x.dtype)
     result = _direct_upsample(x, packed, shared) if packed.upsample else _direct(x, packed, shared)
     if bias is not None and shared is None:
@@ -153,6 +168,14 @@ def conv3x3(
     if output_scale_factor != 1.0:
         result.div_(output_scale_factor)
     return result if out is None else out.copy_(result)
+
+
+def output_size(packed: PackedConv, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the result for an input of `height` by `width`."""
+    if packed.upsample:
+        return 2 * height, 2 * width
+    padding = 1 if packed.right_bottom else 2
+    return (height + padding - 3) // packed.stride + 1, (width + padding - 3) // packed.stride + 1
 
 
 def upsample_conv(
@@ -166,6 +189,14 @@ def _winograd(packed: PackedConv) -> WinogradWeight:
     form = packed.forms.get("winograd")
     if not isinstance(form, WinogradWeight):
         form = packed.forms["winograd"] = WinogradWeight(packed.weight, packed.upsample)
+    return form
+
+
+def _filters(packed: PackedConv) -> Tensor:
+    form = packed.forms.get("filters")
+    if not isinstance(form, Tensor):
+        taps = packed.weight.permute(0, 2, 3, 1).flatten(1)
+        form = packed.forms["filters"] = native.pack_filters(taps)
     return form
 
 

@@ -45,6 +45,16 @@ class _Conv(ctypes.Structure):
     ]
 
 
+class _Direct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
+        *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride", "padding")),
+        ("divisor", ctypes.c_float),
+    ]
+
+
 class _Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
@@ -102,10 +112,10 @@ def _team(threads: int) -> Any:
 
 def is_current(loaded: Any) -> bool:
     """Whether the library was built from this version's source: its structures have the sizes of ours."""
-    structures = {"ddim_fast_conv_size": _Conv, "ddim_fast_norm_size": _Norm, "ddim_fast_product_size": _Product}
+    structures = {"conv": _Conv, "direct": _Direct, "norm": _Norm, "product": _Product}
     try:
         return all(
-            ctypes.c_int64.in_dll(loaded, name).value == ctypes.sizeof(structure)
+            ctypes.c_int64.in_dll(loaded, f"ddim_fast_{name}_size").value == ctypes.sizeof(structure)
             for name, structure in structures.items()
         )
     except ValueError:
@@ -135,7 +145,7 @@ def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def pack_filters(weight: Tensor) -> Tensor:
-    """(Cout, Cin, ...) with T trailing numbers, in the order of the kernels: float32 (panels of 32 of Cout, Cin, T, 32)."""
+    """A weight (Cout, Cin, ...) with T trailing numbers as the kernels read it: float32 (panels of Cout, Cin, T, 32)."""
     out_channels, in_channels = weight.shape[:2]
     filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, weight[0, 0].numel(), **PLAIN)
     filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2) if weight.ndim > 2 else weight[..., None])
@@ -178,12 +188,13 @@ def winograd_conv3x3(
     group: int,
     take: Callable[[str, int], Tensor],
 ) -> None:
-    """(conv(x) + bias + residual) / divisor into `out`: 3x3, stride 1, padding 1, behind a 2x upsampling if `upsample`.
+    """(conv(x) + bias + residual) / divisor into `out`, for a 3x3 filter, stride 1 and padding 1.
 
     Args:
         x: float32 (B, H, W, Cin), each image dense.
         filters: from `pack_filters`.
         out: (B, H', W', Cout), each image dense.
+        upsample: whether the conv reads x upsampled 2x (nearest).
         bias: (Cout,) or (B, Cout).
         residual: like `out`, and it may be `out`.
         block: tiles of 4x4 outputs that are transformed together.
@@ -217,6 +228,46 @@ def winograd_conv3x3(
     loaded.ddim_fast_winograd_room(ctypes.byref(conv), ctypes.c_int64(threads), room)
     conv.taps, conv.scratch = take("taps", room[0]).data_ptr(), take("scratch", room[1]).data_ptr()
     loaded.ddim_fast_winograd(ctypes.byref(conv), _team(threads))
+
+
+def direct_conv3x3(
+    x: Tensor,
+    filters: Tensor,
+    out: Tensor,
+    stride: int,
+    padding: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    divisor: float,
+) -> None:
+    """The same for any stride; `padding` above and to the left, and whatever `out` needs below and to the right.
+
+    `filters`: `pack_filters` of the weight as (Cout, 9 * Cin), the taps before the channels.
+    """
+    images, height, width, in_channels = x.shape
+    bias, bias_stride = _vector(bias)
+    direct = _Direct(
+        x=x.data_ptr(),
+        filters=filters.data_ptr(),
+        bias=_address(bias),
+        residual=_address(residual),
+        out=out.data_ptr(),
+        x_stride=x.stride(0),
+        out_stride=out.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        bias_stride=bias_stride,
+        images=images,
+        height=height,
+        width=width,
+        in_channels=in_channels,
+        out_height=out.shape[1],
+        out_width=out.shape[2],
+        out_channels=out.shape[3],
+        stride=stride,
+        padding=padding,
+        divisor=divisor,
+    )
+    library().ddim_fast_direct(ctypes.byref(direct), _team(torch.get_num_threads()))
 
 
 def group_norm(

@@ -5,10 +5,10 @@ Networks", 2016): Y = A^T [(G g G^T) * (B^T d B)] A with the points 0, 1, -1, 2,
 channels a tile in place of 144. Behind a nearest 2x upsampling a window holds each small pixel twice: the transformed
 row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
 
-The C kernel of `native.py` does it where there is one. With PyTorch's operators the transforms are element-wise over slabs
-of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel before the tile
-and only its last one the pixel behind it, so edges need no padding. All products of a block of tiles are one grouped 1x1
-conv of oneDNN, which runs at its matrix product's rate.
+The C kernel of `native.py` does it where there is one. With PyTorch's operators the transforms are element-wise over
+slabs of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel before
+the tile and only its last one the pixel behind it, so edges need no padding. All products of a block of tiles are one
+grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
 """
 
 import os
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,7 +260,7 @@ def block_tiles(in_channels: int, out_channels: int) -> int:
 
 
 def native_block(in_channels: int) -> int:
-    """The same for the C kernel, which keeps no products: an eighth of the cache, so that it is still there next time."""
+    """The same for the C kernel, which keeps no products: an eighth of the cache, and still there the next time."""
     return max(cache_bytes() // 8 // (4 * 36 * in_channels), SETTLED_ROWS)
 
 

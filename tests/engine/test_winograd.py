@@ -199,3 +199,36 @@ def test_buffers_do_not_grow_with_calls():
 
     assert before
     assert {name: buffer.data_ptr() for name, buffer in winograd.workspace.buffers.items()} == before
+
+
+@pytest.mark.parametrize("into_residual", [False, True])
+@pytest.mark.parametrize(("stride", "right_bottom"), [(1, False), (2, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (33, 6), (16, 67)])
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(3, 16), (20, 40), (5, 3)])
+def test_the_direct_convolution_of_any_stride(
+    in_channels, out_channels, height, width, stride, right_bottom, into_residual
+):
+    inside = torch.full((2 * 64 + 3 * height * width * in_channels,), float("nan"))
+    x = inside[64:-64].view(3, height, width, in_channels).normal_()
+    weight, bias = torch.randn(out_channels, in_channels, 3, 3), torch.randn(3, out_channels)
+    planes = x.double().permute(0, 3, 1, 2)
+    if right_bottom:
+        if min(height, width) < 2:
+            pytest.skip("too small for a filter that is padded on one side")
+        planes = F.pad(planes, (0, 1, 0, 1))
+    expected = F.conv2d(planes, weight.double(), None, stride, 0 if right_bottom else 1).permute(0, 2, 3, 1)
+    residual = torch.randn(expected.shape)
+    expected = (expected + bias.double()[:, None, None] + residual) / 1.5
+
+    actual = conv3x3(
+        x,
+        pack_conv3x3(weight, stride, right_bottom),
+        bias=bias,
+        residual=residual,
+        output_scale_factor=1.5,
+        out=residual if into_residual else None,
+        exact=True,
+    )
+
+    assert relative_error(actual, expected) < 1e-6
+    assert actual.is_contiguous()
