@@ -1,9 +1,9 @@
 """Matrix products on the CPU, and attention.
 
-A C kernel multiplies where there is one: at oneDNN's rate, without the 80 µs that a call of it takes. Else oneDNN does,
-since `F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5 core against 200.
-In oneDNN a product is a 1x1 conv: that form takes weights packed once, and adds in place. It falls back to plain loops
-on rows that are not adjacent, so none are given to it.
+Where there is a C kernel, it multiplies: at oneDNN's rate, without the 80 µs that a call of it takes. Else oneDNN does
+it, since `F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5 core against
+200. In oneDNN a product is a 1x1 conv: that form takes weights packed once, and adds in place. It falls back to plain
+loops on rows that are not adjacent, so none are given to it.
 """
 
 from __future__ import annotations

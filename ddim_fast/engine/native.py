@@ -123,11 +123,12 @@ def is_current(loaded: Any) -> bool:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: float32 on the CPU, not traced, and the kernels are there."""
+    """Whether the kernels can take these: float32 on the CPU, not traced; they are there, and a team for them."""
     return (
         all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
         and not torch.compiler.is_compiling()
         and library() is not None
+        and (_functions()[0] is not None or torch.get_num_threads() == 1)
     )
 
 
@@ -145,7 +146,7 @@ def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def pack_filters(weight: Tensor) -> Tensor:
-    """A weight (Cout, Cin, ...) with T trailing numbers as the kernels read it: float32 (panels of Cout, Cin, T, 32)."""
+    """A weight (Cout, Cin, ...) with T trailing numbers for the kernels: float32 (panels of Cout, Cin, T, 32)."""
     out_channels, in_channels = weight.shape[:2]
     filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, weight[0, 0].numel(), **PLAIN)
     filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2) if weight.ndim > 2 else weight[..., None])

@@ -6,9 +6,9 @@ channels a tile in place of 144. Behind a nearest 2x upsampling a window holds e
 row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
 
 The C kernel of `native.py` does it where there is one. With PyTorch's operators the transforms are element-wise over
-slabs of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel before
-the tile and only its last one the pixel behind it, so edges need no padding. All products of a block of tiles are one
-grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
+slabs of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel
+before the tile and only its last one the pixel behind it, so edges need no padding. All products of a block of tiles
+are one grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
 """
 
 import os
