@@ -132,8 +132,13 @@ class Sampler:
             pixels, flags = sample_uint8(
                 self.pipe, self.job, seeds[here], labels[here] if labels is not None else None
             )
-            images[here].copy_(pixels, non_blocking=True)
-            bad[here].copy_(flags, non_blocking=True)
+            if self.cuda:
+                images[here].copy_(pixels, non_blocking=True)
+                bad[here].copy_(flags, non_blocking=True)
+            else:
+                # By numpy: PyTorch would wake its threads for it, which spin for a while beside the writers.
+                images[here].numpy()[:] = pixels.numpy()
+                bad[here].numpy()[:] = flags.numpy()
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.job.batch_size, *self.job.image_shape)

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ HIDDEN = ".ddim-fast"
 RECORDS = f"{HIDDEN}/chunks"
 DRAFTS = f"{HIDDEN}/tmp"
 FINISHED = f"{HIDDEN}/finished.json"
+
+DRAFT_THREADS = 4
+# Fewer are written sooner than threads start.
+FILES_A_THREAD = 16
 
 Files = Sequence[tuple[str, bytes]]
 
@@ -166,16 +171,15 @@ class LocalStore:
         folder = self._draft()
         os.mkdir(folder)
         try:
-            for number, (_, data) in enumerate([*files, record]):
-                _write_file(f"{folder}/{number}", data)
+            drafts = _write_drafts(folder, [data for _, data in [*files, record]])
             if len(files) == 1:
-                _fsync(f"{folder}/0")
+                _fsync(drafts[0])
             elif files:
                 sync_file_system(folder)
             for parent in {os.path.dirname(name) for name, _ in [*files, record]}:
                 self._make_parent(parent)
-            for number, (name, _) in enumerate([*files, record]):
-                os.rename(f"{folder}/{number}", self.path(name))
+            for draft, (name, _) in zip(drafts, [*files, record], strict=True):
+                os.rename(draft, self.path(name))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -289,6 +293,26 @@ def temporary_file() -> str:
     handle, path = tempfile.mkstemp(prefix="ddim-fast-")
     os.close(handle)
     return path
+
+
+def _write_drafts(folder: str, contents: Sequence[bytes]) -> list[str]:
+    """Write a file in `folder` for each of `contents`; their paths.
+
+    Creating a file locks its folder and may wait, for a server or for the disk's tables, so a chunk of many files is
+    written by threads that have a folder each.
+    """
+    threads = 1 if len(contents) < FILES_A_THREAD else DRAFT_THREADS
+    drafts = [f"{folder}/{number % threads}/{number}" for number in range(len(contents))]
+
+    def write(thread: int) -> None:
+        os.mkdir(f"{folder}/{thread}")
+        for path, data in zip(drafts[thread::threads], contents[thread::threads], strict=True):
+            _write_file(path, data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for written in [pool.submit(write, thread) for thread in range(threads)]:
+            written.result()
+    return drafts
 
 
 def _write_file(path: str, data: bytes) -> None:
