@@ -4,13 +4,22 @@ Weights are packed once, in the form that the first shape asks for; another form
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .winograd import GROUP, WinogradWeight, block_tiles, has_onednn, native_block, winograd_conv3x3, workspace
+from .winograd import (
+    WinogradWeight,
+    block_tiles,
+    has_onednn,
+    native_block,
+    native_group,
+    winograd_conv3x3,
+    workspace,
+)
 
 
 @dataclass
@@ -83,14 +92,15 @@ def winograd_terms(
             4 * products * channels,
             float(-(-tiles // block_tiles(in_channels, out_channels))),
         )
-    panels, groups = -(-out_channels // native.PANEL), -(-tiles // GROUP)
+    block, panels = min(tiles, native_block(in_channels)), -(-out_channels // native.PANEL)
+    groups = -(-tiles // native_group(block, out_channels, threads))
     channels = in_channels * panels * native.PANEL
     used = min(threads, panels * groups)
     return (
         2 * products * tiles * channels / used,
         products * tiles * (-(-in_channels // 16) * 16 + panels * native.PANEL) / threads,
         4 * 9 * channels,
-        float(-(-tiles // native_block(in_channels))),
+        float(-(-tiles // block)),
         products * groups * channels / used,
     )
 
@@ -98,7 +108,12 @@ def winograd_terms(
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
     """`winograd` or `direct`: the one that takes less time by the fitted cost."""
     shape = batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads()
-    transforms = OPERATORS_COST if native.library() is None else WINOGRAD_COST
+    return _choose(shape, native.library() is not None)
+
+
+@cache
+def _choose(shape: tuple[int, int, int, int, int, bool, int], in_c: bool) -> str:
+    transforms = WINOGRAD_COST if in_c else OPERATORS_COST
     direct, winograd = (
         sum(count * seconds for count, seconds in zip(part, cost, strict=True))
         for part, cost in ((direct_terms(*shape), DIRECT_COST), (winograd_terms(*shape), transforms))

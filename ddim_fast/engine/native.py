@@ -124,9 +124,11 @@ def is_current(loaded: Any) -> bool:
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these: float32 on the CPU, not traced; they are there, and a team for them."""
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype == torch.float32):
+            return False
     return (
-        all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and library() is not None
         and (_functions()[0] is not None or torch.get_num_threads() == 1)
     )

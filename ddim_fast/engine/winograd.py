@@ -11,6 +11,7 @@ before the tile and only its last one the pixel behind it, so edges need no padd
 are one grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
 """
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ TILE = 4
 DEFAULT_CACHE = 8 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
-# Tiles that the C kernel multiplies with filters that it transformed once.
-GROUP = 128
+# What a thread of the C kernel multiplies with filters that it transformed once: beyond 128 tiles their share of the
+# time is small, and below 8 the product is slower than what a thread more can win.
+LEAST_GROUP, GROUP = 8, 128
 # Floats from which on glibc maps a block anew at every allocation.
 LARGE = 30 << 18
 
@@ -105,7 +107,7 @@ class Workspace(threading.local):
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The buffer `name`, which grows to its largest shape; what it held before is overwritten."""
-        count = torch.Size(shape).numel()
+        count = math.prod(shape)
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < count:
             with torch.inference_mode(False):
@@ -117,7 +119,7 @@ class Workspace(threading.local):
 
         Small ones are left to the allocator, which keeps their memory at hand itself.
         """
-        count = torch.Size(shape).numel()
+        count = math.prod(shape)
         if count < LARGE or not hasattr(torch._C, "_storage_Use_Count"):
             return torch.empty(shape, **PLAIN)
         for buffer in self.large:
@@ -132,6 +134,7 @@ class Workspace(threading.local):
     def release(self) -> None:
         """Give back the memory of the large tensors; those in use stay with who uses them."""
         self.large.clear()
+        self.buffers = {name: buffer for name, buffer in self.buffers.items() if buffer.numel() < LARGE}
 
 
 workspace = Workspace()
@@ -264,6 +267,12 @@ def native_block(in_channels: int) -> int:
     return max(cache_bytes() // 8 // (4 * 36 * in_channels), SETTLED_ROWS)
 
 
+def native_group(tiles: int, out_channels: int, threads: int) -> int:
+    """Tiles that a thread multiplies with filters that it transformed once: fewer where threads would idle."""
+    parts = -(-threads // -(-out_channels // native.PANEL))
+    return min(max(-(-tiles // parts), LEAST_GROUP), GROUP)
+
+
 def winograd_conv3x3(
     x: Tensor,
     weight: WinogradWeight,
@@ -299,8 +308,9 @@ def winograd_conv3x3(
         if weight.filters is None:
             weight.filters = native.pack_filters(weight.weight)
         block = min(batch * -(-height // step) * -(-width // step), tiles or native_block(channels))
+        group = native_group(block, out_channels, torch.get_num_threads())
         native.winograd_conv3x3(
-            x, weight.filters, out, weight.upsample, bias, residual, output_scale_factor, block, GROUP, workspace.take
+            x, weight.filters, out, weight.upsample, bias, residual, output_scale_factor, block, group, workspace.take
         )
         return out
     if height % step or width % step:

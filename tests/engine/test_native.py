@@ -6,8 +6,12 @@ import shutil
 import pytest
 import torch
 
-from ddim_fast.engine import native
+from ddim_fast import DDIMPipeline
+from ddim_fast.engine import native, packed_unet
+from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3
+from ddim_fast.engine.cpu_linear import PackedLinear, linear
 from ddim_fast.engine.cpu_norm import group_norm_silu
+from ddim_fast.engine.forward import fused_forward, time_table
 from ddim_fast.engine.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C kernels are not built")
@@ -70,18 +74,20 @@ def test_threads_do_not_change_a_bit(batch):
     torch.manual_seed(0)
     x, weight, filters = torch.randn(batch, 20, 20, 32), torch.randn(32), torch.randn(80, 32, 3, 3)
     before = torch.get_num_threads()
-    outputs, convolved = [], []
+    outputs, others = [], []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             outputs.append(group_norm_silu(x, weight, weight, 8, 1e-5))
-            convolved.append(winograd_conv3x3(x, WinogradWeight(filters), tiles=17))
+            convolved = winograd_conv3x3(x, WinogradWeight(filters), tiles=17)
+            direct = conv3x3(x, pack_conv3x3(filters, stride=2))
+            others.append([convolved, direct, linear(convolved, PackedLinear(filters[:, :, 0].flatten(1)[:, :80]))])
     finally:
         torch.set_num_threads(before)
 
     for different in (1, 2):
         assert torch.equal(outputs[different], outputs[0])
-        assert torch.equal(convolved[different], convolved[0])
+        assert all(torch.equal(actual, first) for actual, first in zip(others[different], others[0], strict=True))
 
 
 @needs_kernels
@@ -137,14 +143,34 @@ def test_large_buffers_serve_again_once_nothing_refers_to_them():
     assert space.fresh(LARGE).data_ptr() != address, "a view still refers to it"
     del view
     assert space.fresh(LARGE).data_ptr() == address
+    space.take("small", 8)
+    space.take("large", LARGE)
     space.release()
-    assert not space.large
+    assert not space.large and space.buffers.keys() == {"small"}
 
 
 def test_small_tensors_are_the_allocators():
     space = Workspace()
     space.fresh(LARGE - 1)
     assert not space.large
+
+
+def test_a_forward_touches_no_fresh_memory():
+    """Every page of memory that is new to the process costs a fault: 256 a MiB of activations."""
+    resource = pytest.importorskip("resource")
+    pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+    packed = packed_unet(pipe)
+    with torch.inference_mode():
+        row = time_table(packed, pipe.unet, torch.tensor([500.0]), None)[0]
+        sample = torch.randn(16, 32, 32, 1)
+        for _ in range(3):
+            fused_forward(packed, sample, row)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            fused_forward(packed, sample, row)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(faults)
+    assert faults <= 4 * 64
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
