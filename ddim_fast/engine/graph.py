@@ -214,12 +214,16 @@ def workspaces_of_its_own() -> Iterator[None]:
 
 @contextmanager
 def timed_algorithms() -> Iterator[None]:
-    """Let cuDNN time its algorithms in the warm-up, so that the capture takes the fastest; nothing else changes."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    """Let cuDNN time its algorithms in the warm-up, so that the capture takes the fastest; nothing else changes.
+
+    Not where cuDNN is to be deterministic: processes may time otherwise, and then round otherwise.
+    """
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, not cudnn.deterministic
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark = before
 
 
 def describe_shortage(run: Run, predict: Predict) -> str:

@@ -507,6 +507,12 @@ def test_a_capture_lets_cudnn_time_its_algorithms_and_changes_no_other_setting(m
     assert not torch.backends.cudnn.benchmark
 
 
+def test_a_deterministic_capture_times_no_algorithms(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with graph_module.timed_algorithms():
+        assert not torch.backends.cudnn.benchmark
+
+
 def test_the_cpu_has_no_graph_and_says_so():
     pipe = DDIMPipeline(UNet2DModel(**SMALL), DDIMScheduler())
     pipe.engine = "graph"
