@@ -18,7 +18,7 @@ cpu_kernels = Extension(
     "ddim_fast.engine._cpu_kernels",
     sorted(str(path) for path in Path("ddim_fast/engine").glob("*.c")),
     depends=sorted(str(path) for path in Path("ddim_fast/engine").glob("*.h")),
-    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-Wno-psabi"],
+    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
     libraries=[] if sys.platform == "win32" else ["m"],
     optional=True,
 )

@@ -94,7 +94,7 @@ def pack_upsample_conv(module: nn.Conv2d, exact: bool = False) -> UpsampleConv:
 
 def phase_weight(weight: Tensor) -> Tensor:
     """Sum the taps of (Cout, Cin, 3, 3) that fall on one pixel of the small image: (4 * Cout, Cin, 2, 2)."""
-    taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight.device)
+    taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
     phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, weight.float())
     return phases.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 

@@ -61,7 +61,7 @@ def direct_terms(
     Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls, and calls
     that oneDNN takes. In C output channels go by 32.
     """
-    ours = in_c(out_channels, upsample)
+    ours = runs_in_c(out_channels, upsample)
     channels = in_channels * (-(-out_channels // native.PANEL) * native.PANEL if ours else out_channels)
     pixels = batch * height * width
     taps = 16 if upsample else 9
@@ -69,9 +69,9 @@ def direct_terms(
     return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0, float(not ours)
 
 
-def in_c(out_channels: int, upsample: bool) -> bool:
+def runs_in_c(out_channels: int, upsample: bool) -> bool:
     """Whether the C kernel takes a direct conv: a panel that is nearly empty costs more than a call of oneDNN."""
-    return native.library() is not None and not upsample and out_channels >= native.PANEL // 2
+    return native.available() and not upsample and out_channels >= native.PANEL // 2
 
 
 def winograd_terms(
@@ -84,7 +84,7 @@ def winograd_terms(
     """
     step, products = (2, 25) if upsample else (4, 36)
     tiles = batch * -(-height // step) * -(-width // step)
-    if native.library() is None:
+    if not native.available():
         channels = in_channels * out_channels
         return (
             2 * products * tiles * channels / threads,
@@ -93,14 +93,15 @@ def winograd_terms(
             float(-(-tiles // block_tiles(in_channels, out_channels))),
         )
     block, panels = min(tiles, native_block(in_channels)), -(-out_channels // native.PANEL)
-    groups = -(-tiles // native_group(block, out_channels, threads))
+    group, alone = native_group(tiles, block, in_channels, out_channels, threads)
+    groups = -(-tiles // group)
     channels = in_channels * panels * native.PANEL
     used = min(threads, panels * groups)
     return (
         2 * products * tiles * channels / used,
         products * tiles * (-(-in_channels // 16) * 16 + panels * native.PANEL) / threads,
         4 * 9 * channels,
-        float(-(-tiles // block)),
+        1.0 if alone else float(-(-tiles // block)),
         products * groups * channels / used,
     )
 
@@ -108,7 +109,7 @@ def winograd_terms(
 def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
     """`winograd` or `direct`: the one that takes less time by the fitted cost."""
     shape = batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads()
-    return _choose(shape, native.library() is not None)
+    return _choose(shape, native.available())
 
 
 @cache
@@ -149,13 +150,16 @@ def conv3x3(
     """
     out_channels, in_channels = packed.weight.shape[:2]
     batch, height, width, _ = x.shape
+    if not x.numel():
+        return x.new_empty(batch, *output_size(packed, height, width), out_channels) if out is None else out
     winograd = (
         not exact
         and packed.stride == 1
+        and not packed.right_bottom
         and x.dtype == torch.float32
         and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
     )
-    direct = native.usable(x, bias, residual, out) and in_c(out_channels, packed.upsample)
+    direct = native.usable(x, bias, residual, out) and runs_in_c(out_channels, packed.upsample)
     if out is None and (winograd or direct):
         size = batch, *output_size(packed, height, width), out_channels
         out = workspace.take("convolved", *size) if passing else workspace.fresh(*size)
@@ -256,7 +260,7 @@ def _direct_upsample(x: Tensor, packed: PackedConv, bias: Tensor | None) -> Tens
     batch, height, width, _ = x.shape
     weight = None
     if name not in packed.forms:
-        taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], **native.PLAIN)
         phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, packed.weight.float())
         weight = phases.flatten(0, 2).to(packed.weight.dtype)
     stacked = _onednn(x, packed, name, weight, None if bias is None else bias.repeat(4))

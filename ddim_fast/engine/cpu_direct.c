@@ -20,7 +20,7 @@ struct direct {
 #define BODY "cpu_direct.c"
 #include "cpu_variants.h"
 
-/* By this `native.py` knows a library that was built from another version of this file. */
+/* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_direct_size = sizeof(struct direct);
 
 /* (conv(x) + bias + residual) / divisor. `residual` may be `out`. */

@@ -41,12 +41,13 @@ struct job {
     int64_t workers;
     part_fn run;
     const void *arguments;
-    struct left left[MOST_THREADS];
+    struct left left[MOST_THREADS] __attribute__((aligned(64)));
 };
 
 static void work_on(void *pointer) {
     struct job *job = pointer;
     const int64_t worker = job->team->number();
+    if (worker >= job->workers) return;
     for (int64_t turn = 0; turn < job->workers; turn++) {
         struct left *left = job->left + (worker + turn) % job->workers;
         for (;;) {
@@ -70,7 +71,8 @@ static void share(const struct team *team, part_fn run, const void *arguments, i
         job.left[worker].next = worker * count / workers;
         job.left[worker].end = (worker + 1) * count / workers;
     }
-    team->parallel(work_on, &job, workers, 0);
+    /* Always all of them: OpenMP ends threads that one team does without, and starts them anew for the next. */
+    team->parallel(work_on, &job, (unsigned)team->threads, 0);
 }
 
 /* The widest instruction set to use: 2 AVX-512, 1 AVX2, 0 what every processor has. Tests lower it. */
@@ -84,8 +86,10 @@ static int level(void) {
         return 2;
     return ddim_fast_widest > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+#define LEVEL() level()
 #define PICK(function) (level() == 2 ? function##_avx512 : level() == 1 ? function##_avx2 : function##_plain)
 #else
+#define LEVEL() 0
 #define PICK(function) function##_plain
 #endif
 

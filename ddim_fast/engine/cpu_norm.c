@@ -23,7 +23,13 @@ struct norm {
 
 int ddim_fast_widest = 2;
 
-/* By this `native.py` knows a library that was built from another version of this file. */
+/* The instruction set that is used. */
+int ddim_fast_level(void) {
+    return LEVEL();
+}
+
+/* By these `native.py` knows a library that was built from another version. */
+const int64_t ddim_fast_revision = 1;
 const int64_t ddim_fast_norm_size = sizeof(struct norm);
 
 /* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means

@@ -1,4 +1,4 @@
-"""GroupNorm + SiLU over NHWC on the CPU by PyTorch's channels-last operators, made safe for large means.
+"""GroupNorm + SiLU over NHWC on the CPU: in C, or by PyTorch's channels-last operators, made safe for large means.
 
 PyTorch's channels-last GroupNorm with SiLU in place takes 0.5 ns an element on a Zen 5 core (`var` over the pixels
 alone: 5.5), but its variance is E[x²] - E[x]². GroupNorm does not see a constant that a group is moved by, so the mean
@@ -39,7 +39,6 @@ def group_norm_silu(
         x, x2: (B, H, W, C1) and (B, H, W, C2), float32 on the CPU, each image dense.
         weight, bias: float32 (C1 + C2,).
         add, scale, shift: float32 (C1 + C2,) or (B, C1 + C2).
-
         passing: the result is read before this thread calls again, so its memory may serve the next call.
 
     Returns:
@@ -47,6 +46,8 @@ def group_norm_silu(
     """
     batch, height, width, _ = x.shape
     channels = len(weight)
+    if not x.numel():
+        return x.new_empty(batch, height, width, channels)
     if native.usable(x, weight, bias, x2, add, scale, shift):
         work = workspace.take("norm", native.work_size(batch, height * width, channels))
         take = partial(workspace.take, "normed") if passing else workspace.fresh

@@ -13,7 +13,7 @@ struct product {
 #define BODY "cpu_product.c"
 #include "cpu_variants.h"
 
-/* By this `native.py` knows a library that was built from another version of this file. */
+/* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_product_size = sizeof(struct product);
 
 /* `residual` may be `out`. */

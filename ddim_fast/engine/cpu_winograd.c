@@ -1,8 +1,8 @@
 /* Winograd F(4x4, 3x3) convolution over NHWC float32, plain and behind a nearest 2x upsampling (`winograd.py` has the
    mathematics, and the same in PyTorch; `native.py` the Python side, with shapes and checks).
 
-   A block of tiles is transformed into taps that stay in the last-level cache. Then each part of the work takes a panel of
-   32 output channels for a group of tiles: it transforms the 9 numbers of a filter into 36, some input channels at a
+   A block of tiles is transformed into taps that stay in the last-level cache, or where there are many, a group of tiles into
+   a thread's own cache. Then each part of the work takes a panel of 32 output channels for a group: it transforms the 9 numbers of a filter into 36, some input channels at a
    time, into the second-level cache, multiplies, and transforms the products back with bias and residual. So a filter is read
    from memory as 9 numbers, not as 36: at small batches reading weights is what takes the time. */
 
@@ -21,7 +21,8 @@ struct conv {
     float *out, *taps, *scratch;
     int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats an image */
     int64_t images, height, width, in_channels, out_channels;   /* of the pixels read */
-    int64_t block, group;                                       /* tiles whose taps are kept; tiles a part of the work */
+    int64_t block, group; /* tiles whose taps are kept; tiles that are multiplied together */
+    int64_t alone;        /* whether a thread takes groups through all steps, and keeps their taps to itself */
     float divisor;
     int32_t upsample;
 };
@@ -30,6 +31,7 @@ struct conv {
    transformed in `spans`. */
 struct block {
     const struct conv *conv;
+    float *data;
     int64_t first, count, rows, columns, groups, panels, spans, taps, tap_stride;
 };
 
@@ -38,17 +40,36 @@ static int64_t scratch_floats(int64_t taps, int64_t group) {
     return taps * (MOST_DEPTH * PANEL + APART) + taps * (group * PANEL + APART);
 }
 
+static int64_t taps_floats(const struct conv *conv, int64_t taps, int64_t tiles) {
+    return taps * (tiles * (conv->in_channels + APART) + APART);
+}
+
+/* Floats of a thread's `scratch`. */
+static int64_t worker_floats(const struct conv *conv, int64_t taps) {
+    return scratch_floats(taps, conv->group) + (conv->alone ? taps_floats(conv, taps, conv->group) : 0);
+}
+
+static void place(struct block *block, float *data, int64_t index, int64_t blocks) {
+    const struct conv *conv = block->conv;
+    const int64_t tiles = conv->images * block->rows * block->columns;
+    block->data = data;
+    block->first = index * tiles / blocks;
+    block->count = (index + 1) * tiles / blocks - block->first;
+    block->groups = PARTS(block->count, conv->group);
+    block->tap_stride = block->count * (conv->in_channels + APART) + APART;
+}
+
 #define BODY "cpu_winograd.c"
 #include "cpu_variants.h"
 
-/* By this `native.py` knows a library that was built from another version of this file. */
+/* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_conv_size = sizeof(struct conv);
 
 /* Floats of `taps` and of `scratch` for blocks of `block` tiles, groups of `group` tiles and so many threads. */
 void ddim_fast_winograd_room(const struct conv *conv, int64_t threads, int64_t *room) {
     const int64_t taps = conv->upsample ? 25 : 36;
-    room[0] = taps * (conv->block * (conv->in_channels + APART) + APART);
-    room[1] = threads * scratch_floats(taps, conv->group);
+    room[0] = conv->alone ? 0 : taps_floats(conv, taps, conv->block);
+    room[1] = threads * worker_floats(conv, taps);
 }
 
 /* (conv(x) + bias + residual) / divisor. */
@@ -58,12 +79,13 @@ void ddim_fast_winograd(const struct conv *conv, const struct team *team) {
     const int64_t tiles = conv->images * rows * columns, blocks = PARTS(tiles, conv->block);
     struct block block = {.conv = conv, .rows = rows, .columns = columns, .panels = PARTS(conv->out_channels, PANEL)};
     block.taps = conv->upsample ? 25 : 36;
-    block.spans = LEAST(team->threads, PARTS(conv->in_channels, PANEL));
+    block.spans = conv->alone ? 1 : LEAST(team->threads, PARTS(conv->in_channels, PANEL));
+    if (conv->alone) {
+        share(team, PICK(convolve_alone), &block, PARTS(tiles, conv->group));
+        return;
+    }
     for (int64_t index = 0; index < blocks; index++) {
-        block.first = index * tiles / blocks;
-        block.count = (index + 1) * tiles / blocks - block.first;
-        block.groups = PARTS(block.count, conv->group);
-        block.tap_stride = block.count * (conv->in_channels + APART) + APART;
+        place(&block, conv->taps, index, blocks);
         share(team, PICK(transform), &block, block.spans * block.count);
         share(team, PICK(convolve), &block, block.panels * block.groups);
     }
@@ -139,7 +161,7 @@ INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int 
     const int64_t tile = b->first + index, channels = conv->in_channels, size = side == 6 ? 6 : 4;
     const float *x = conv->x + tile / (b->rows * b->columns) * conv->x_stride;
     const int64_t top = tile / b->columns % b->rows * (size - 2) - 1, left = tile % b->columns * (size - 2) - 1;
-    float *out = conv->taps + index * (channels + APART);
+    float *out = b->data + index * (channels + APART);
     for (int64_t c = begin; c < end; c += LANES) {
         floats rows[6][6], d[6], t[6];
         for (int j = 0; j < size; j++) {
@@ -240,7 +262,7 @@ INLINE void NAME(convolve_part)(const struct block *b, int64_t part, int64_t wor
     const int64_t panel = part / b->groups, group = part % b->groups, taps = side * side, channels = conv->in_channels;
     const int64_t start = group * b->count / b->groups, count = (group + 1) * b->count / b->groups - start;
     const int64_t step = DEPTH(count), filters_apart = step * PANEL + APART, products_apart = count * PANEL + APART;
-    float *filters = conv->scratch + worker * scratch_floats(taps, conv->group), *products = filters + taps * filters_apart;
+    float *filters = conv->scratch + worker * worker_floats(conv, taps), *products = filters + taps * filters_apart;
     for (int64_t k = 0; k < channels; k += step) {
         const int64_t depth = LEAST(step, channels - k), size = 9 * PANEL;
         const float *from = conv->filters + (panel * channels + k) * size, *ahead = from + depth * size;
@@ -249,7 +271,7 @@ INLINE void NAME(convolve_part)(const struct block *b, int64_t part, int64_t wor
             /* The filters of the next step come from memory while this one multiplies. */
             for (int64_t line = tap; line < depth * size / 16; line += taps) __builtin_prefetch(ahead + line * 16, 0, 2);
             NAME(multiply)
-            (conv->taps + tap * b->tap_stride + start * (channels + APART) + k, channels + APART,
+            (b->data + tap * b->tap_stride + start * (channels + APART) + k, channels + APART,
              filters + tap * filters_apart, products + tap * products_apart, depth, k > 0, count);
         }
     }
@@ -263,6 +285,17 @@ static void NAME(convolve)(const void *arguments, int64_t part, int64_t worker) 
         NAME(convolve_part)(block, part, worker, 6);
     else
         NAME(convolve_part)(block, part, worker, 5);
+}
+
+/* A group through all steps. */
+static void NAME(convolve_alone)(const void *arguments, int64_t index, int64_t worker) {
+    struct block block = *(const struct block *)arguments;
+    const struct conv *conv = block.conv;
+    const int64_t tiles = conv->images * block.rows * block.columns;
+    float *scratch = conv->scratch + worker * worker_floats(conv, block.taps);
+    place(&block, scratch + scratch_floats(block.taps, conv->group), index, PARTS(tiles, conv->group));
+    for (int64_t tile = 0; tile < block.count; tile++) NAME(transform)(&block, tile, worker);
+    for (int64_t panel = 0; panel < block.panels; panel++) NAME(convolve)(&block, panel, worker);
 }
 
 #endif

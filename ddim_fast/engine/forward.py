@@ -150,7 +150,7 @@ def shortcut_of(x: Tensor, skip: Tensor | None, weights: tuple[Matrix, ...] | No
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; by oneDNN on the CPU."""
+    """x @ weight.T + bias; packed on the CPU."""
     if isinstance(weight, cpu_linear.PackedLinear):
         return cpu_linear.linear(x, weight, bias)
     return F.linear(x, weight, bias)

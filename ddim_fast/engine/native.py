@@ -1,4 +1,4 @@
-"""The C kernels of the CPU engine, if the installation could build them: `cpu_winograd.c` and `cpu_norm.c`.
+"""The C kernels of the CPU engine (`cpu_*.c`), if the installation could build them.
 
 They are built when the package is installed, where there is a C compiler. Without them the same passes run as PyTorch
 operators (`winograd.py`, `cpu_norm.py`), within rounding of these.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..once import log_once
 logger = logging.getLogger(__name__)
 
 MODULE = "ddim_fast.engine._cpu_kernels"
+# Raised, here and in `cpu_norm.c`, with every change of what the kernels expect or give.
+REVISION = 1
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
 # Floats of an image up to which a norm is shared out by its groups.
@@ -39,7 +42,7 @@ class _Conv(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out", "taps", "scratch")),
         *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels", "out_channels")),
-        *((name, ctypes.c_int64) for name in ("block", "group")),
+        *((name, ctypes.c_int64) for name in ("block", "group", "alone")),
         ("divisor", ctypes.c_float),
         ("upsample", ctypes.c_int32),
     ]
@@ -81,14 +84,24 @@ class _Norm(ctypes.Structure):
 def library() -> Any:
     """The loaded kernels; None where the installation has none."""
     spec = importlib.util.find_spec(MODULE)
-    loaded: Any = None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
-    if loaded is None or not is_current(loaded):
-        state = "not built" if loaded is None else "of another version"
+    loaded, state = None, None
+    if spec is None or spec.origin is None:
+        state = "not built"
+    else:
+        try:
+            loaded = ctypes.CDLL(spec.origin)
+        except OSError as error:
+            state = f"not loadable ({error})"
+    if loaded is not None and not is_current(loaded):
+        state = "of another version"
+    elif loaded is not None and platform.machine().lower() in ("x86_64", "amd64") and not loaded.ddim_fast_level():
+        state = "without vector instructions that this processor has (they are built by GCC, for AVX2 and AVX-512)"
+    if state is not None:
         log_once(
             logger,
             logging.INFO,
-            f"the C kernels of the CPU engine are {state}, so PyTorch's operators take their place, at about two "
-            "thirds of the speed; with a C compiler at hand, install ddim_fast again",
+            f"the C kernels of the CPU engine are {state}, so PyTorch's operators take their place, at about half "
+            "the speed; with a C compiler at hand, install ddim_fast again",
         )
         return None
     return loaded
@@ -111,9 +124,11 @@ def _team(threads: int) -> Any:
 
 
 def is_current(loaded: Any) -> bool:
-    """Whether the library was built from this version's source: its structures have the sizes of ours."""
+    """Whether the library was built from this version's source: its number and its structures' sizes are ours."""
     structures = {"conv": _Conv, "direct": _Direct, "norm": _Norm, "product": _Product}
     try:
+        if ctypes.c_int64.in_dll(loaded, "ddim_fast_revision").value != REVISION:
+            return False
         return all(
             ctypes.c_int64.in_dll(loaded, f"ddim_fast_{name}_size").value == ctypes.sizeof(structure)
             for name, structure in structures.items()
@@ -127,11 +142,12 @@ def usable(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and not (tensor.is_cpu and tensor.dtype == torch.float32):
             return False
-    return (
-        not torch.compiler.is_compiling()
-        and library() is not None
-        and (_functions()[0] is not None or torch.get_num_threads() == 1)
-    )
+    return not torch.compiler.is_compiling() and available()
+
+
+def available() -> bool:
+    """Whether there are kernels, and threads of PyTorch's to run them on."""
+    return library() is not None and (_functions()[0] is not None or torch.get_num_threads() == 1)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -165,6 +181,7 @@ def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residu
         bias: (Cout,), dense.
         residual: like `out`, and it may be `out`.
     """
+    assert out.shape[:-1] == x.shape[:-1] and (residual is None or residual.shape == out.shape)
     block = _Product(
         x=x.data_ptr(),
         filters=filters.data_ptr(),
@@ -189,6 +206,7 @@ def winograd_conv3x3(
     divisor: float,
     block: int,
     group: int,
+    alone: bool,
     take: Callable[[str, int], Tensor],
 ) -> None:
     """(conv(x) + bias + residual) / divisor into `out`, for a 3x3 filter, stride 1 and padding 1.
@@ -201,10 +219,12 @@ def winograd_conv3x3(
         bias: (Cout,) or (B, Cout).
         residual: like `out`, and it may be `out`.
         block: tiles of 4x4 outputs that are transformed together.
-        group: tiles of a block that one thread multiplies together.
+        group: tiles that one thread multiplies together.
+        alone: whether a thread takes a group through all steps; there are no blocks then.
         take: gives a buffer of a name and a number of floats.
     """
     images, height, width, in_channels = x.shape
+    assert filters.shape[1] == in_channels and (residual is None or residual.shape == out.shape)
     bias, bias_stride = _vector(bias)
     conv = _Conv(
         x=x.data_ptr(),
@@ -222,7 +242,8 @@ def winograd_conv3x3(
         in_channels=in_channels,
         out_channels=out.shape[3],
         block=block,
-        group=min(group, block),
+        group=group if alone else min(group, block),
+        alone=alone,
         divisor=divisor,
         upsample=upsample,
     )
@@ -248,6 +269,7 @@ def direct_conv3x3(
     `filters`: `pack_filters` of the weight as (Cout, 9 * Cin), the taps before the channels.
     """
     images, height, width, in_channels = x.shape
+    assert filters.shape[1] == 9 * in_channels and (residual is None or residual.shape == out.shape)
     bias, bias_stride = _vector(bias)
     direct = _Direct(
         x=x.data_ptr(),
@@ -290,6 +312,8 @@ def group_norm(
     """`cpu_norm.group_norm_silu` into `out` (B, H, W, C1 + C2), dense; `work` is scratch of `work_size` floats."""
     batch, height, width, channels = x.shape
     channels2 = 0 if x2 is None else x2.shape[-1]
+    assert channels + channels2 == len(weight) and (x2 is None or x2.shape[:3] == x.shape[:3])
+    weight, bias = weight.contiguous(), bias.contiguous()
     part, threads = part_size(height * width), torch.get_num_threads()
     # By groups a thread finds in its own cache what it convolved; rows of a large image are better read whole.
     by_groups = num_groups >= threads and height * width * (channels + channels2) <= MOST_BY_GROUPS

@@ -26,12 +26,12 @@ from . import native
 from .native import PLAIN
 
 TILE = 4
-DEFAULT_CACHE = 8 << 20
+DEFAULT_CACHE, DEFAULT_OWN_CACHE = 8 << 20, 1 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
 # What a thread of the C kernel multiplies with filters that it transformed once: beyond 128 tiles their share of the
 # time is small, and below 8 the product is slower than what a thread more can win.
-LEAST_GROUP, GROUP = 8, 128
+LEAST_GROUP, LEAST_ALONE, GROUP = 8, 32, 128
 # Floats from which on glibc maps a block anew at every allocation.
 LARGE = 30 << 18
 
@@ -78,14 +78,30 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
+def cache_sizes() -> dict[int, int]:
+    """Bytes of the caches by their level, as Linux tells them."""
+    sizes: dict[int, int] = {}
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text, level = entry.read_text().strip(), entry.with_name("level").read_text().strip()
+        except OSError:
+            continue
+        if text[:-1].isdigit() and text[-1] in "KM" and level.isdigit():
+            size = int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
+            sizes[int(level)] = max(size, sizes.get(int(level), 0))
+    return sizes
+
+
+@cache
+def own_cache_bytes() -> int:
+    """Bytes of a core's second-level cache; 1 MiB where the machine does not tell."""
+    return cache_sizes().get(2, DEFAULT_OWN_CACHE)
+
+
 @cache
 def cache_bytes() -> int:
     """Bytes of the last-level cache as the machine tells them; 8 MiB where it does not."""
-    sizes = []
-    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = entry.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in "KM":
-            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    sizes = list(cache_sizes().values())
     for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
         if not sizes and name in getattr(os, "sysconf_names", {}):
             sizes.append(os.sysconf(name))
@@ -95,7 +111,7 @@ def cache_bytes() -> int:
 @cache
 def _keep_heap() -> None:
     """Free one large block, so that glibc serves later ones up to its size from the heap, without page faults."""
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class Workspace(threading.local):
@@ -142,10 +158,10 @@ workspace = Workspace()
 
 def _pack(weight: WinogradWeight, rows: int) -> Tensor:
     """G g G^T, the width's tap before the height's: for oneDNN (a² * Cout, Cin, 1, 1), else (a², Cin, Cout)."""
-    taps = torch.tensor(UPSAMPLE_FILTER if weight.upsample else FILTER, dtype=torch.float64)
+    taps = torch.tensor(UPSAMPLE_FILTER if weight.upsample else FILTER, dtype=torch.float64, device="cpu")
     out_channels, in_channels = weight.weight.shape[:2]
     count = len(taps) ** 2
-    products = torch.empty(len(taps), len(taps), out_channels, in_channels)
+    products = torch.empty(len(taps), len(taps), out_channels, in_channels, **PLAIN)
     for product, tap in zip(products, taps, strict=True):
         columns = weight.weight.detach().double() @ tap
         product.copy_(torch.einsum("oci,ai->aoc", columns, taps))
@@ -267,10 +283,18 @@ def native_block(in_channels: int) -> int:
     return max(cache_bytes() // 8 // (4 * 36 * in_channels), SETTLED_ROWS)
 
 
-def native_group(tiles: int, out_channels: int, threads: int) -> int:
-    """Tiles that a thread multiplies with filters that it transformed once: fewer where threads would idle."""
+def native_group(tiles: int, block: int, in_channels: int, out_channels: int, threads: int) -> tuple[int, bool]:
+    """How many of the tiles a thread multiplies with filters that it transformed once, and whether it works alone.
+
+    It does where there are enough tiles for all threads: with as many as fit its own cache. Else the threads share the
+    taps of a block of tiles, and fewer make a group where threads would idle.
+    """
+    own = own_cache_bytes() * 3 // 4 // (4 * 36 * (in_channels + native.PANEL))
+    own = min(max(own, LEAST_ALONE), GROUP)
+    if tiles >= 2 * threads * own:
+        return own, True
     parts = -(-threads // -(-out_channels // native.PANEL))
-    return min(max(-(-tiles // parts), LEAST_GROUP), GROUP)
+    return min(max(-(-block // parts), LEAST_GROUP), GROUP), False
 
 
 def winograd_conv3x3(
@@ -307,10 +331,21 @@ def winograd_conv3x3(
     if native.usable(x, bias, residual, out):
         if weight.filters is None:
             weight.filters = native.pack_filters(weight.weight)
-        block = min(batch * -(-height // step) * -(-width // step), tiles or native_block(channels))
-        group = native_group(block, out_channels, torch.get_num_threads())
+        all_tiles = batch * -(-height // step) * -(-width // step)
+        block = min(all_tiles, tiles or native_block(channels))
+        group, alone = native_group(all_tiles, block, channels, out_channels, torch.get_num_threads())
         native.winograd_conv3x3(
-            x, weight.filters, out, weight.upsample, bias, residual, output_scale_factor, block, group, workspace.take
+            x,
+            weight.filters,
+            out,
+            weight.upsample,
+            bias,
+            residual,
+            output_scale_factor,
+            block,
+            group,
+            alone,
+            workspace.take,
         )
         return out
     if height % step or width % step:

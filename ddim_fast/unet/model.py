@@ -191,7 +191,7 @@ class UNet2DModel(nn.Module, Configured):
 
         Raises `ValueError` for a sample or a timestep of another shape, and for labels that are missing or not wanted.
         """
-        self._check_sample(sample)
+        self.check_sample(sample)
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
         timesteps = _expand_timestep(timestep, sample)
@@ -243,7 +243,8 @@ class UNet2DModel(nn.Module, Configured):
             class_labels = self.time_proj(class_labels).to(self.dtype)
         return temb + self.class_embedding(class_labels).to(self.dtype)
 
-    def _check_sample(self, sample: Tensor) -> None:
+    def check_sample(self, sample: Tensor) -> None:
+        """Raise ValueError unless `sample` (B, C, H, W) has the model's channels and a size that it can halve."""
         channels = self.conv_in.in_channels
         if sample.ndim != 4 or sample.shape[1] != channels:
             raise ValueError(f"sample must be (batch, {channels}, height, width); got {tuple(sample.shape)}")

@@ -43,6 +43,12 @@ def digits():
     return pipe
 
 
+@pytest.mark.parametrize("engine", ["plain", "fused"])
+def test_a_size_that_the_network_cannot_halve_is_refused(engine):
+    with pytest.raises(ValueError, match="divisible by 2"):
+        draw(make(engine=engine, sample_size=7, downsample_padding=0))
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_fifty_steps_of_the_digits_model_give_the_pictures_of_the_plain_engine(digits, eta):
     pictures = {}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ddim_fast import DDIMPipeline
-from ddim_fast.engine import native, packed_unet
-from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3
+from ddim_fast.engine import native, packed_unet, winograd
+from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv
 from ddim_fast.engine.cpu_linear import PackedLinear, linear
 from ddim_fast.engine.cpu_norm import group_norm_silu
 from ddim_fast.engine.forward import fused_forward, time_table
@@ -24,7 +24,30 @@ def test_an_installation_with_a_compiler_has_them():
 
 def test_a_library_of_another_version_is_not_called():
     assert not native.is_current(ctypes.CDLL(None))
-    assert native.library() is None or native.is_current(native.library())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["_Conv", "_Norm"])
+def test_a_library_with_other_structures_is_not_called(monkeypatch, name):
+    class Longer(getattr(native, name)):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    assert native.is_current(native.library())
+    monkeypatch.setattr(native, name, Longer)
+    assert not native.is_current(native.library())
+
+
+@needs_kernels
+def test_a_library_of_another_revision_is_not_called(monkeypatch):
+    monkeypatch.setattr(native, "REVISION", native.REVISION + 1)
+    assert not native.is_current(native.library())
+
+
+@pytest.fixture(params=[False, True], ids=["shared", "alone"])
+def alone(request, monkeypatch):
+    """Whether threads take groups of 3 tiles through all steps."""
+    if request.param:
+        monkeypatch.setattr(winograd, "native_group", lambda tiles, *_: (3, True))
 
 
 @pytest.fixture
@@ -43,16 +66,20 @@ def widest():
 @needs_kernels
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("channels", [1, 16, 40])
-def test_every_instruction_set_gives_the_same_convolution(widest, upsample, channels):
+def test_every_instruction_set_gives_the_same_convolution(widest, upsample, channels, alone):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 9, 6, channels), WinogradWeight(torch.randn(24, channels, 3, 3), upsample)
     outputs = []
     for level in (2, 1, 0):
         widest(level)
-        outputs.append(winograd_conv3x3(x, weight, bias=torch.ones(2, 24)))
+        convolved = winograd_conv3x3(x, weight, bias=torch.ones(2, 24))
+        direct = conv3x3(x, pack_conv3x3(weight.weight), bias=torch.ones(2, 24), exact=True)
+        product = linear(x, PackedLinear(weight.weight[:, :, 1, 1]))
+        outputs.append((convolved, direct, product))
 
-    for different in outputs[1:]:
-        assert (different - outputs[0]).norm() <= 2e-6 * outputs[0].norm()
+    for actual in outputs[1:]:
+        for different, first in zip(actual, outputs[0], strict=True):
+            assert (different - first).norm() <= 2e-6 * first.norm()
 
 
 @needs_kernels
@@ -62,7 +89,7 @@ def test_every_instruction_set_gives_the_same_norm(widest):
     outputs = []
     for level in (2, 1, 0):
         widest(level)
-        outputs.append(group_norm_silu(x, torch.randn(40).abs() * 0 + 2, torch.ones(40), 4, 1e-5, x2=x2))
+        outputs.append(group_norm_silu(x, torch.full((40,), 2.0), torch.ones(40), 4, 1e-5, x2=x2))
 
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(outputs[2], outputs[0])
@@ -70,7 +97,7 @@ def test_every_instruction_set_gives_the_same_norm(widest):
 
 @needs_kernels
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_threads_do_not_change_a_bit(batch):
+def test_threads_do_not_change_a_bit(batch, alone):
     torch.manual_seed(0)
     x, weight, filters = torch.randn(batch, 20, 20, 32), torch.randn(32), torch.randn(80, 32, 3, 3)
     before = torch.get_num_threads()
@@ -78,7 +105,8 @@ def test_threads_do_not_change_a_bit(batch):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            outputs.append(group_norm_silu(x, weight, weight, 8, 1e-5))
+            # Four groups are shared out by groups up to 4 threads, and by pixels beyond.
+            outputs.append(group_norm_silu(x, weight, weight, 4, 1e-5))
             convolved = winograd_conv3x3(x, WinogradWeight(filters), tiles=17)
             direct = conv3x3(x, pack_conv3x3(filters, stride=2))
             others.append([convolved, direct, linear(convolved, PackedLinear(filters[:, :, 0].flatten(1)[:, :80]))])
@@ -114,7 +142,7 @@ def test_nan_and_infinity_reach_the_image_they_are_in_and_no_other():
 
 @needs_kernels
 @pytest.mark.parametrize("upsample", [False, True])
-def test_nothing_is_written_or_read_outside(upsample):
+def test_nothing_is_written_or_read_outside(upsample, alone):
     """Memory around the input is NaN and that around the output is watched."""
     channels, out_channels, pad = 20, 12, 64
     height, width = 7, 5
@@ -163,14 +191,20 @@ def test_a_forward_touches_no_fresh_memory():
     with torch.inference_mode():
         row = time_table(packed, pipe.unet, torch.tensor([500.0]), None)[0]
         sample = torch.randn(16, 32, 32, 1)
-        for _ in range(3):
+        for _ in range(5):
             fused_forward(packed, sample, row)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(4):
             fused_forward(packed, sample, row)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    print(faults)
     assert faults <= 4 * 64
+
+
+@needs_kernels
+def test_what_is_empty_stays_empty():
+    nothing = torch.empty(0, 8, 8, 16)
+    assert conv3x3(nothing, pack_conv3x3(torch.randn(32, 16, 3, 3), stride=2)).shape == (0, 4, 4, 32)
+    assert group_norm_silu(nothing, torch.ones(16), torch.ones(16), 4, 1e-5).shape == nothing.shape
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
@@ -182,3 +216,15 @@ def test_a_default_dtype_changes_no_buffer(kind):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in made)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_default_dtype_changes_no_convolution(exact):
+    x, weight = torch.randn(1, 8, 8, 16), torch.randn(32, 16, 3, 3)
+    expected = conv3x3(x, pack_upsample_conv(weight), exact=exact)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = conv3x3(x, pack_upsample_conv(weight), exact=exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
