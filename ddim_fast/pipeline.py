@@ -57,7 +57,8 @@ class DDIMPipeline(PipelineMethods):
     `pipe.engine` chooses what runs the steps: "plain" (readable modules, any device), "fused" (packed weights and
     fused kernels), "graph" (fused, and captured in a CUDA graph), or "auto", the default: graph on CUDA, fused on
     CPU, plain for a model with a block the fused engine does not know. `pipe.exact = True` keeps the CPU's
-    convolutions to the direct algorithm: slower, with rounding errors a few times smaller.
+    convolutions to the direct algorithm: slower, with rounding errors a few times smaller. `pipe.compile()` lets
+    torch.compile try to make the forward faster still.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:

@@ -77,6 +77,7 @@ class PipelineMethods:
     def __init__(self) -> None:
         self.engine = "auto"
         self.exact = False
+        self.compile_options: dict[str, Any] | None = None
         self._config = Config()
         self._progress_bar_config: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
@@ -303,11 +304,26 @@ class PipelineMethods:
         return self.offloads and len(self._offload_hooks) > 1
 
     def repack(self) -> None:
-        """Forget packed weights and captured graphs; the next call makes them anew.
+        """Forget packed weights, captured graphs and compiled forwards; the next call makes them anew.
 
         Changed weights are noticed without it. It also frees the memory of the graphs.
         """
         self.engine_state = EngineState()
+
+    def compile(self, **options: Any) -> None:
+        """Hand the forward to `torch.compile(**options)`, for those who accept the wait.
+
+        The first call of each batch size, dtype and kind of device compiles, which may take minutes, and times the
+        forward with and without: the faster one stays, and the log says both times. So pictures may differ from run
+        to run within the bound of "the same pictures", and jobs, which promise the same bytes, leave it out.
+        `compile(disable=True)` ends it. Raises ValueError for options that torch.compile refuses, or with which it
+        captures CUDA graphs of its own.
+        """
+        from .engine.compiled import check_options
+
+        check_options(options)
+        self.compile_options = None if options.get("disable") else options
+        self.repack()
 
     # Attention is memory-efficient already
 

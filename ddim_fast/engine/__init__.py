@@ -52,13 +52,17 @@ class Seen:
 
 @dataclass
 class EngineState:
-    """What a pipeline keeps between calls: the packed weights, of which weights they are made, and the graphs."""
+    """What a pipeline keeps between calls, and of which weights it is made.
+
+    The packed weights, the graphs, and for each shape that came under `pipe.compile()` the forward that was faster.
+    """
 
     packed: PackedUNet | None = None
     settings: tuple[bool, bool] | None = None
     weights: list[Seen] = field(default_factory=list)
     graphs: GraphCache | None = None
     not_capturable: str | None = field(default=None)
+    forwards: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 def choose(pipe: PipelineMethods) -> tuple[str, str]:
@@ -101,6 +105,13 @@ def sample(pipe: PipelineMethods, latents: Tensor, **arguments: Any) -> Tensor:
     if name == "plain":
         from .plain import sample_plain
 
+        if pipe.compile_options is not None:
+            from .compiled import faster_module
+
+            forget_if_changed(pipe)
+            arguments["forward"] = faster_module(
+                pipe, latents, arguments.get("class_labels"), pipe.scheduler.timesteps[0]
+            )
         return sample_plain(pipe.unet, pipe.scheduler, latents, pipe.progress_bar(range(steps)), **arguments)
 
     kind = latents.device.type
@@ -120,11 +131,17 @@ def sample_fast(
     from .graph import CaptureError, GraphCache, run_graphs
     from .loop import make_run, predict_fused, predict_plain, run_eagerly
 
+    pipe.unet.check_sample(latents)
     packed = packed_unet(pipe)
     predict = predict_plain(pipe.unet) if packed is None else predict_fused(packed)
     run = make_run(pipe.unet, packed, pipe.scheduler, latents, **arguments)
     state = pipe.engine_state
-    if in_graphs and state.not_capturable is None:
+    in_graphs = in_graphs and state.not_capturable is None
+    if pipe.compile_options is not None:
+        from .compiled import faster_predict
+
+        predict = faster_predict(pipe, run, predict, in_graphs)
+    if in_graphs:
         if state.graphs is None:
             state.graphs = GraphCache()
         try:
@@ -139,6 +156,19 @@ def packed_unet(pipe: PipelineMethods) -> PackedUNet | None:
     """The packed weights of `pipe.unet`, packed anew if they have changed; None for a model that stays plain."""
     from .pack import pack, unsupported
 
+    forget_if_changed(pipe)
+    state = pipe.engine_state
+    if state.packed is None and unsupported(pipe.unet) is None:
+        if pipe.offloads:
+            pipe.unet.to(pipe._execution_device)
+        state.packed = pack(pipe.unet, pipe.exact)
+        # Packing may move weights to another layout, so they are looked at again.
+        state.weights = [look_at(tensor) for tensor in weights_of(pipe.unet)]
+    return state.packed
+
+
+def forget_if_changed(pipe: PipelineMethods) -> None:
+    """Forget what was made of weights or settings that have changed since."""
     state = pipe.engine_state
     settings = (pipe.exact, pipe.unet.training)
     pairs = zip_longest(state.weights, weights_of(pipe.unet))
@@ -146,15 +176,8 @@ def packed_unet(pipe: PipelineMethods) -> PackedUNet | None:
         not seen or tensor is None or not seen.is_still(tensor) for seen, tensor in pairs
     ):
         pipe.repack()
-        state = pipe.engine_state
-        if unsupported(pipe.unet) is None:
-            if pipe.offloads:
-                pipe.unet.to(pipe._execution_device)
-            state.packed = pack(pipe.unet, pipe.exact)
-        # Packing may move weights to another layout, so they are looked at after it.
-        state.weights = [look_at(tensor) for tensor in weights_of(pipe.unet)]
-        state.settings = settings
-    return state.packed
+        pipe.engine_state.settings = settings
+        pipe.engine_state.weights = [look_at(tensor) for tensor in weights_of(pipe.unet)]
 
 
 def weights_of(unet: UNet2DModel) -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,22 +57,27 @@ class State:
 Predict = Callable[[State, int], tuple[Tensor, Tensor | None]]
 
 
-def predict_fused(packed: PackedUNet) -> Predict:
-    """Predict with packed weights and fused kernels."""
+def predict_fused(packed: PackedUNet, forward: Callable[[Tensor, Tensor], Tensor] | None = None) -> Predict:
+    """Predict with packed weights and fused kernels; `forward` is `fused_forward` of them in another form."""
+    forward = forward or partial(fused_forward, packed)
 
     def predict(state: State, index: int) -> tuple[Tensor, Tensor]:
         assert state.rows is not None
-        output = fused_forward(packed, state.low.permute(0, 2, 3, 1), state.rows[index])
+        output = forward(state.low.permute(0, 2, 3, 1), state.rows[index])
         return nchw(output), packed.conv_out.bias
 
     return predict
 
 
-def predict_plain(unet: UNet2DModel) -> Predict:
-    """Predict with the readable modules: for models with a block that the fused engine does not know."""
+def predict_plain(unet: UNet2DModel, forward: Callable[..., Any] | None = None) -> Predict:
+    """Predict with the readable modules: for models with a block that the fused engine does not know.
+
+    `forward` is `unet` in another form.
+    """
+    forward = forward or unet
 
     def predict(state: State, index: int) -> tuple[Tensor, None]:
-        return unet(state.low, timesteps_of(unet, state.table)[index], state.labels).sample, None
+        return forward(state.low, timesteps_of(unet, state.table)[index], state.labels).sample, None
 
     return predict
 
@@ -222,13 +228,15 @@ def initial_state(run: Run) -> State:
 def run_eagerly(run: Run, predict: Predict, progress: Callable[[int], object]) -> Tensor:
     """All steps, launched one by one. `progress` is told after every step."""
     state = initial_state(run)
-    for window in windows(run):
-        state.table = run.table[window.start : window.stop]
-        state.rows = time_rows(run, window)
-        for index in range(len(window)):
-            if run.draws_ahead:
-                state.noise = draw_noise(run).expand(len(window), *run.latents.shape)
-            run_step(state, predict, run.update, index)
-            progress(1)
-    workspace.release()
+    try:
+        for window in windows(run):
+            state.table = run.table[window.start : window.stop]
+            state.rows = time_rows(run, window)
+            for index in range(len(window)):
+                if run.draws_ahead:
+                    state.noise = draw_noise(run).expand(len(window), *run.latents.shape)
+                run_step(state, predict, run.update, index)
+                progress(1)
+    finally:
+        workspace.release()
     return state.sample

@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel, pipeline
-from ddim_fast.engine import choose
+from ddim_fast.engine import choose, compiled
 from ddim_fast.engine import graph as graph_module
 from ddim_fast.engine import loop as loop_module
+from ddim_fast.engine.forward import fused_forward
 from ddim_fast.engine.loop import MAX_WINDOW, window_length
 from ddim_fast.engine.pack import pack
 
@@ -498,6 +499,70 @@ def test_out_of_memory_anywhere_in_a_capture_lets_go_of_it_all(fake, recorder, m
     monkeypatch.setattr(graph_module, "describe_shortage", describe)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="batch_size=2 does not fit"):
         run(fake_pipeline(), batch_size=2)
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_with_and_without_torch_compile_are_timed_in_graphs_and_the_faster_one_is_captured(
+    fake, recorder, monkeypatch, wins
+):
+    forwards, states = [], []
+    original = graph_module.static_state
+
+    def static_state(*arguments):
+        state = original(*arguments)
+        states.append(weakref.ref(state))
+        return state
+
+    def compile_fused(packed, options):
+        def forward(sample, row):
+            forwards.append(recorder.capturing)
+            return fused_forward(packed, sample, row)
+
+        return forward
+
+    def by_turns(calls, device):
+        for call in calls:
+            call()
+        assert all(state() is not None for state in states[-2:]), "a graph's buffers were freed before it ran"
+        return [0.1, 0.2] if wins else [0.2, 0.1]
+
+    monkeypatch.setattr(graph_module, "static_state", static_state)
+    monkeypatch.setattr(compiled, "compile_fused", compile_fused)
+    monkeypatch.setattr(compiled, "by_turns", by_turns)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    pipe = fake_pipeline()
+    run(pipe, steps=6)
+    pipe.compile()
+    run(pipe, steps=6, eta=0.5, generator=torch.Generator())
+    # Of a step with and of one without, and of the loop before and after `compile`.
+    assert [sum("ddim_step" in name for name in operators.names) for operators in recorder.captured_operators] == [
+        6,
+        1,
+        1,
+        6,
+    ]
+    assert forwards.count(True) == (1 + 6 if wins else 1)
+    assert recorder.replays == 1 + 3 + 1
+    run(pipe, steps=6, eta=0.5, generator=torch.Generator())
+    assert len(recorder.captures) == 4
+
+
+def test_a_compiled_form_that_no_graph_can_hold_leaves_the_graphs_to_the_other(fake, recorder, monkeypatch, caplog):
+    def compile_fused(packed, options):
+        def forward(sample, row):
+            if recorder.capturing:
+                raise RuntimeError("it synchronises")
+            return fused_forward(packed, sample, row)
+
+        return forward
+
+    monkeypatch.setattr(compiled, "compile_fused", compile_fused)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    pipe = fake_pipeline()
+    pipe.compile()
+    run(pipe)
+    assert "failed, so the steps run without it: it synchronises" in caplog.text
+    assert len(recorder.captures) == recorder.replays == 1
 
 
 def test_a_capture_lets_cudnn_time_its_algorithms_and_changes_no_other_setting(monkeypatch):
