@@ -54,12 +54,13 @@ class Backend:
     """Counts the graphs that it is given, and the runs of them."""
 
     def __init__(self, fails=False):
-        self.graphs, self.runs, self.fails = 0, 0, fails
+        self.graphs, self.runs, self.fails, self.operators = 0, 0, fails, set()
 
     def __call__(self, graph, inputs):
         if self.fails:
             raise RuntimeError("no such instruction\nand a long trace")
         self.graphs += 1
+        self.operators |= {str(node.target) for node in graph.graph.nodes}
 
         def run(*args):
             self.runs += 1
@@ -99,6 +100,7 @@ def test_where_our_kernels_run_the_fused_forward_compiles_into_one_graph(clock):
         pipe.compile(backend=backend, fullgraph=True)
         images = draw(pipe, 1, num_inference_steps=1)
     assert backend.graphs == 1 and backend.runs == 1 + 1
+    assert any("ddim_fast.group_norm" in name for name in backend.operators)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -163,7 +165,7 @@ def test_changed_weights_are_compiled_anew(clock, engine):
     assert backend.graphs == 3
     pipe.compile(disable=True)
     torch.testing.assert_close(edited, draw(pipe), atol=1e-4, rtol=1e-4)
-    assert backend.graphs == 3
+    assert backend.graphs == 3 and pipe.compile_options is None and not pipe.engine_state.forwards
 
 
 def test_each_dtype_and_exactness_is_compiled(clock):
@@ -195,7 +197,7 @@ def test_autocast_reaches_the_compiled_modules_of_the_plain_engine(clock):
         images = draw(pipe)
     torch.testing.assert_close(images, expected, atol=0.05, rtol=0.05)
     draw(pipe)
-    assert backend.graphs == 2
+    assert backend.graphs == len(pipe.engine_state.forwards) == 2
 
 
 def test_a_model_with_an_unknown_block_and_one_with_a_hook_are_compiled_too(clock):

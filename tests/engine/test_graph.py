@@ -531,7 +531,7 @@ def test_with_and_without_torch_compile_are_timed_in_graphs_and_the_faster_one_i
     monkeypatch.setattr(compiled, "by_turns", by_turns)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     pipe = fake_pipeline()
-    run(pipe, steps=6)
+    run(pipe, steps=6, eta=0.5, generator=torch.Generator())
     pipe.compile()
     run(pipe, steps=6, eta=0.5, generator=torch.Generator())
     # Of a step with and of one without, and of the loop before and after `compile`.
