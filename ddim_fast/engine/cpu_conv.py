@@ -46,7 +46,7 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
     return PackedConv(weight.detach(), upsample=True)
 
 
-# Seconds a unit of `cost_terms`, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
+# Seconds a unit of the terms below, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
 DIRECT_COST = (8.5e-12, 3.9e-9, 9.0e-12, 1.1e-4, 2.6e-4)
 WINOGRAD_COST = (9.8e-12, 5.9e-10, 0.0, 1.3e-4, 1.3e-10)
 # With PyTorch's operators in place of the C kernels (`--operators`).

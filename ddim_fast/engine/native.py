@@ -100,8 +100,8 @@ def library() -> Any:
         log_once(
             logger,
             logging.INFO,
-            f"the C kernels of the CPU engine are {state}, so PyTorch's operators take their place, at about half "
-            "the speed; with a C compiler at hand, install ddim_fast again",
+            f"the C kernels of the CPU engine are {state}, so PyTorch's operators take their place, more "
+            "slowly; with a C compiler at hand, install ddim_fast again",
         )
         return None
     return loaded
@@ -223,28 +223,13 @@ def winograd_conv3x3(
         alone: whether a thread takes a group through all steps; there are no blocks then.
         take: gives a buffer of a name and a number of floats.
     """
-    images, height, width, in_channels = x.shape
-    assert filters.shape[1] == in_channels and (residual is None or residual.shape == out.shape)
-    bias, bias_stride = _vector(bias)
+    assert filters.shape[1] == x.shape[3]
+    vector = _vector(bias)
     conv = _Conv(
-        x=x.data_ptr(),
-        filters=filters.data_ptr(),
-        bias=_address(bias),
-        residual=_address(residual),
-        out=out.data_ptr(),
-        x_stride=x.stride(0),
-        out_stride=out.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        bias_stride=bias_stride,
-        images=images,
-        height=height,
-        width=width,
-        in_channels=in_channels,
-        out_channels=out.shape[3],
+        **_convolution(x, filters, out, vector, residual, divisor),
         block=block,
         group=group if alone else min(group, block),
         alone=alone,
-        divisor=divisor,
         upsample=upsample,
     )
     loaded, threads = library(), torch.get_num_threads()
@@ -252,6 +237,36 @@ def winograd_conv3x3(
     loaded.ddim_fast_winograd_room(ctypes.byref(conv), ctypes.c_int64(threads), room)
     conv.taps, conv.scratch = take("taps", room[0]).data_ptr(), take("scratch", room[1]).data_ptr()
     loaded.ddim_fast_winograd(ctypes.byref(conv), _team(threads))
+
+
+def _convolution(
+    x: Tensor,
+    filters: Tensor,
+    out: Tensor,
+    vector: tuple[Tensor | None, int],
+    residual: Tensor | None,
+    divisor: float,
+) -> dict[str, Any]:
+    """What `_Conv` and `_Direct` have in common; the caller keeps `vector`, the bias by `_vector`, while they run."""
+    assert residual is None or residual.shape == out.shape
+    images, height, width, in_channels = x.shape
+    return {
+        "x": x.data_ptr(),
+        "filters": filters.data_ptr(),
+        "bias": _address(vector[0]),
+        "residual": _address(residual),
+        "out": out.data_ptr(),
+        "x_stride": x.stride(0),
+        "out_stride": out.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "bias_stride": vector[1],
+        "images": images,
+        "height": height,
+        "width": width,
+        "in_channels": in_channels,
+        "out_channels": out.shape[3],
+        "divisor": divisor,
+    }
 
 
 def direct_conv3x3(
@@ -268,29 +283,14 @@ def direct_conv3x3(
 
     `filters`: `pack_filters` of the weight as (Cout, 9 * Cin), the taps before the channels.
     """
-    images, height, width, in_channels = x.shape
-    assert filters.shape[1] == 9 * in_channels and (residual is None or residual.shape == out.shape)
-    bias, bias_stride = _vector(bias)
+    assert filters.shape[1] == 9 * x.shape[3]
+    vector = _vector(bias)
     direct = _Direct(
-        x=x.data_ptr(),
-        filters=filters.data_ptr(),
-        bias=_address(bias),
-        residual=_address(residual),
-        out=out.data_ptr(),
-        x_stride=x.stride(0),
-        out_stride=out.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        bias_stride=bias_stride,
-        images=images,
-        height=height,
-        width=width,
-        in_channels=in_channels,
+        **_convolution(x, filters, out, vector, residual, divisor),
         out_height=out.shape[1],
         out_width=out.shape[2],
-        out_channels=out.shape[3],
         stride=stride,
         padding=padding,
-        divisor=divisor,
     )
     library().ddim_fast_direct(ctypes.byref(direct), _team(torch.get_num_threads()))
 

@@ -193,11 +193,13 @@ def test_a_forward_touches_no_fresh_memory():
         sample = torch.randn(16, 32, 32, 1)
         for _ in range(5):
             fused_forward(packed, sample, row)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        faults = []
         for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             fused_forward(packed, sample, row)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults <= 4 * 64
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # Fresh memory would cost them at every forward; the allocator may tidy up in one.
+    assert min(faults) <= 64, faults
 
 
 @needs_kernels
