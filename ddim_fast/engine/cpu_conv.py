@@ -214,8 +214,7 @@ def _winograd(packed: PackedConv) -> WinogradWeight:
 def _filters(packed: PackedConv) -> Tensor:
     form = packed.forms.get("filters")
     if not isinstance(form, Tensor):
-        taps = packed.weight.permute(0, 2, 3, 1).flatten(1)
-        form = packed.forms["filters"] = native.pack_filters(taps)
+        form = packed.forms["filters"] = native.pack_filters(packed.weight.permute(0, 2, 3, 1))
     return form
 
 

@@ -9,6 +9,7 @@ loops on rows that are not adjacent, so none are given to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,29 @@ ONCE = ([0, 0], [1, 1], [1, 1], 1)
 
 @dataclass(eq=False)
 class PackedLinear:
-    """A matrix (Cout, Cin), and what is packed of it at first use: `filters` for the C kernel, `packed` for oneDNN.
+    """Matrices (Cout, Cin) that are multiplied as one, below one another, and what is packed of them at first use.
 
-    oneDNN wants the order to fit the number of `rows`.
+    `filters` are for the C kernel, `packed` for oneDNN, which wants the order to fit the number of `rows`.
     """
 
-    weight: Tensor
+    parts: tuple[Tensor, ...]
     filters: Tensor | None = None
     rows: int = 0
     packed: Tensor | None = None
+
+    @property
+    def out_channels(self) -> int:
+        """Cout of all parts."""
+        return sum(len(part) for part in self.parts)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The parts as one, for PyTorch's operators."""
+        return self.stacked()
+
+    def stacked(self) -> Tensor:
+        """The parts as one, to be packed."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
 def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -46,7 +61,7 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual
         (..., Cout), dense.
     """
     if native.usable(x, bias, residual):
-        out = workspace.fresh(*x.shape[:-1], weight.weight.shape[0])
+        out = workspace.fresh(*x.shape[:-1], weight.out_channels)
         return _product(x, weight, out, bias, residual)
     if not _runs_onednn(x):
         y = F.linear(x, weight.weight, bias)
@@ -78,7 +93,7 @@ def add_product(out: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
 
 def _product(x: Tensor, weight: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if weight.filters is None:
-        weight.filters = native.pack_filters(weight.weight)
+        weight.filters = native.pack_filters(weight.stacked())
     native.product(x.contiguous(), weight.filters, out, bias, None if residual is None else residual.contiguous())
     return out
 
@@ -96,7 +111,7 @@ def _pixels(x: Tensor) -> Tensor:
 def _filters(weight: PackedLinear, rows: int) -> Tensor:
     # In an order meant for other numbers of rows oneDNN may take ten times as long.
     if weight.packed is None or weight.rows != rows:
-        matrix = weight.weight.contiguous()
+        matrix = weight.stacked().contiguous()
         shape = [1, matrix.shape[1], 1, rows]
         weight.packed = torch.ops.mkldnn._reorder_convolution_weight(matrix[:, :, None, None], *ONCE, shape)
         weight.rows = rows

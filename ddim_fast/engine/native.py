@@ -164,11 +164,17 @@ def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def pack_filters(weight: Tensor) -> Tensor:
-    """A weight (Cout, Cin, ...) with T trailing numbers for the kernels: float32 (panels of Cout, Cin, T, 32)."""
-    out_channels, in_channels = weight.shape[:2]
-    filters = torch.zeros(-(-out_channels // PANEL), PANEL, in_channels, weight[0, 0].numel(), **PLAIN)
-    filters.flatten(0, 1)[:out_channels].copy_(weight.detach().flatten(2) if weight.ndim > 2 else weight[..., None])
-    return filters.permute(0, 2, 3, 1).contiguous()
+    """A weight (Cout, ...), strided as may be, for the kernels: float32 (panels of Cout, ..., 32), the last one filled
+    up with zeros. Nothing as large is made on the way: what is freed between weights that stay is lost to the heap.
+    """
+    weight = weight.detach()
+    full, left = divmod(len(weight), PANEL)
+    filters = torch.empty(full + bool(left), *weight.shape[1:], PANEL, **PLAIN)
+    if full:
+        filters[:full].copy_(weight[: full * PANEL].unflatten(0, (full, PANEL)).movedim(1, -1))
+    if left:
+        filters[full].zero_()[..., :left].copy_(weight[full * PANEL :].movedim(0, -1))
+    return filters
 
 
 def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -181,6 +187,7 @@ def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residu
         bias: (Cout,), dense.
         residual: like `out`, and it may be `out`.
     """
+    assert filters.shape[1:] == (x.shape[-1], PANEL)
     assert out.shape[:-1] == x.shape[:-1] and (residual is None or residual.shape == out.shape)
     block = _Product(
         x=x.data_ptr(),
@@ -213,7 +220,7 @@ def winograd_conv3x3(
 
     Args:
         x: float32 (B, H, W, Cin), each image dense.
-        filters: from `pack_filters`.
+        filters: `pack_filters` of the weight (Cout, Cin, 3, 3).
         out: (B, H', W', Cout), each image dense.
         upsample: whether the conv reads x upsampled 2x (nearest).
         bias: (Cout,) or (B, Cout).
@@ -223,7 +230,7 @@ def winograd_conv3x3(
         alone: whether a thread takes a group through all steps; there are no blocks then.
         take: gives a buffer of a name and a number of floats.
     """
-    assert filters.shape[1] == x.shape[3]
+    assert filters.shape[1:] == (x.shape[3], 3, 3, PANEL)
     vector = _vector(bias)
     conv = _Conv(
         **_convolution(x, filters, out, vector, residual, divisor),
@@ -281,9 +288,9 @@ def direct_conv3x3(
 ) -> None:
     """The same for any stride; `padding` above and to the left, and whatever `out` needs below and to the right.
 
-    `filters`: `pack_filters` of the weight as (Cout, 9 * Cin), the taps before the channels.
+    `filters`: `pack_filters` of the weight as (Cout, 3, 3, Cin), the taps before the channels.
     """
-    assert filters.shape[1] == 9 * x.shape[3]
+    assert filters.shape[1:] == (3, 3, x.shape[3], PANEL)
     vector = _vector(bias)
     direct = _Direct(
         **_convolution(x, filters, out, vector, residual, divisor),

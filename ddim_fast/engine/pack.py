@@ -190,9 +190,11 @@ def _norm(norm: nn.GroupNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps)
 
 
-def matrix(weight: Tensor) -> Matrix:
-    """`weight` (Cout, Cin) for `forward.linear`."""
-    return PackedLinear(weight) if biases_fold(weight) else weight
+def matrix(*weights: Tensor) -> Matrix:
+    """`weights`, each (Cout, Cin), one below another, for `forward.linear`; on the CPU nothing is copied yet."""
+    if biases_fold(weights[0]):
+        return PackedLinear(tuple(weight.detach() for weight in weights))
+    return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
 
 
 def leave_biases(up: tuple[Stage, ...], norm_out: Norm) -> tuple[tuple[Stage, ...], Norm]:
@@ -282,7 +284,7 @@ class _Packer:
             weight = module.conv_shortcut.weight.detach().flatten(1)
             # The channels beyond those of the block before come from a skip connection.
             halves = weight.split([self.width, weight.shape[1] - self.width], 1)
-            shortcut = tuple(matrix(half.contiguous()) for half in halves if half.numel())
+            shortcut = tuple(matrix(half) for half in halves if half.numel())
             output_bias = output_bias + module.conv_shortcut.bias.detach().float()
         self.width = module.out_channels
         return Resnet(
@@ -304,7 +306,7 @@ class _Packer:
         projections = (module.to_q, module.to_k, module.to_v)
         return Attention(
             norm=None if module.group_norm is None else _norm(module.group_norm),
-            qkv_weight=matrix(torch.cat([projection.weight for projection in projections])),
+            qkv_weight=matrix(*(projection.weight for projection in projections)),
             qkv_bias=torch.cat([projection.bias for projection in projections]),
             out_weight=matrix(module.to_out[0].weight.detach()),
             out_bias=module.to_out[0].bias.detach().float(),

@@ -30,7 +30,7 @@ def test_linear_adds_bias_and_residual(dense, with_residual):
     residual = torch.randn(2, 7, 10) if with_residual else None
     kept = None if residual is None else residual.clone()
 
-    actual = linear(x, PackedLinear(weight), bias, residual)
+    actual = linear(x, PackedLinear((weight,)), bias, residual)
 
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(actual.double(), expected if kept is None else expected + kept, rtol=1e-5, atol=1e-4)
@@ -44,14 +44,14 @@ def test_a_product_is_added_in_place(dense):
     weight = weight if dense else weight.t().contiguous().t()
     expected = out.double() + x.double() @ weight.double().T
 
-    actual = add_product(out, x, PackedLinear(weight))
+    actual = add_product(out, x, PackedLinear((weight,)))
 
     assert actual is out
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_packed_matrix_serves_any_number_of_rows():
-    weight = PackedLinear(torch.randn(24, 20))
+    weight = PackedLinear((torch.randn(10, 20), torch.randn(14, 20)))
     for rows in (3, 500, 1, 70):
         x = torch.randn(rows, 20)
         torch.testing.assert_close(linear(x, weight), x @ weight.weight.T, rtol=1e-5, atol=1e-4)

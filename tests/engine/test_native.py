@@ -1,17 +1,19 @@
 """The C kernels of the CPU engine: built where they can be, and the same on every processor and number of threads."""
 
 import ctypes
+import dataclasses
 import shutil
 
 import pytest
 import torch
 
-from ddim_fast import DDIMPipeline
+from ddim_fast import DDIMPipeline, UNet2DModel
 from ddim_fast.engine import native, packed_unet, winograd
 from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv
 from ddim_fast.engine.cpu_linear import PackedLinear, linear
 from ddim_fast.engine.cpu_norm import group_norm_silu
 from ddim_fast.engine.forward import fused_forward, time_table
+from ddim_fast.engine.pack import pack
 from ddim_fast.engine.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C kernels are not built")
@@ -74,7 +76,7 @@ def test_every_instruction_set_gives_the_same_convolution(widest, upsample, chan
         widest(level)
         convolved = winograd_conv3x3(x, weight, bias=torch.ones(2, 24))
         direct = conv3x3(x, pack_conv3x3(weight.weight), bias=torch.ones(2, 24), exact=True)
-        product = linear(x, PackedLinear(weight.weight[:, :, 1, 1]))
+        product = linear(x, PackedLinear((weight.weight[:, :, 1, 1],)))
         outputs.append((convolved, direct, product))
 
     for actual in outputs[1:]:
@@ -109,7 +111,7 @@ def test_threads_do_not_change_a_bit(batch, alone):
             outputs.append(group_norm_silu(x, weight, weight, 4, 1e-5))
             convolved = winograd_conv3x3(x, WinogradWeight(filters), tiles=17)
             direct = conv3x3(x, pack_conv3x3(filters, stride=2))
-            others.append([convolved, direct, linear(convolved, PackedLinear(filters[:, :, 0].flatten(1)[:, :80]))])
+            others.append([convolved, direct, linear(convolved, PackedLinear((filters[:, :, 0].flatten(1)[:, :80],)))])
     finally:
         torch.set_num_threads(before)
 
@@ -175,6 +177,45 @@ def test_large_buffers_serve_again_once_nothing_refers_to_them():
     space.take("large", LARGE)
     space.release()
     assert not space.large and space.buffers.keys() == {"small"}
+
+
+@needs_kernels
+def test_a_model_is_packed_once():
+    """Beside its own weights a model keeps one copy of them: no stacked matrices beside the panels."""
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        norm_num_groups=4,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    with torch.inference_mode():
+        packed = pack(unet)
+        fused_forward(packed, torch.randn(1, 16, 16, 3), time_table(packed, unet, torch.tensor([500.0]), None)[0])
+    others = {}
+    for thing in everything_in(packed):
+        if isinstance(thing, torch.Tensor) and thing.ndim > 1:
+            storage = thing.untyped_storage()
+            others[storage.data_ptr()] = storage.nbytes()
+    copies = sum(size for address, size in others.items() if address not in own)
+    weights = sum(parameter.numel() * 4 for parameter in unet.parameters() if parameter.ndim > 1)
+    # conv_out's three output channels take a panel of 32.
+    assert copies <= weights + 4 * 9 * 32 * 32
+
+
+def everything_in(thing):
+    """What dataclasses, tuples and dicts hold, all the way down; a matrix's `weight`, if it was ever made, too."""
+    if dataclasses.is_dataclass(thing):
+        yield from everything_in(vars(thing))
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from everything_in(value)
+    elif isinstance(thing, tuple):
+        for value in thing:
+            yield from everything_in(value)
+    else:
+        yield thing
 
 
 def test_small_tensors_are_the_allocators():
