@@ -6,6 +6,8 @@
 
 /* Pixels that stay in the first-level cache between the two passes of their variance. */
 #define STRIP 16
+/* Sums, and outputs, that are computed beside one another: a chain of dependent operations leaves a processor idle. */
+#define BESIDE 4
 
 struct norm {
     const float *x, *x2, *weight, *bias, *add, *scale, *shift;
@@ -29,7 +31,7 @@ int ddim_fast_level(void) {
 }
 
 /* By these `native.py` knows a library that was built from another version. */
-const int64_t ddim_fast_revision = 1;
+const int64_t ddim_fast_revision = 2;
 const int64_t ddim_fast_norm_size = sizeof(struct norm);
 
 /* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means
@@ -46,21 +48,32 @@ void ddim_fast_group_norm(const struct norm *norm, const struct team *team) {
 
 #else
 
-/* e^x within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf). NaN stays. */
-INLINE floats NAME(exponential)(floats x) {
-    const ints high = x > 88.0f, low = x < -87.0f;
-    ints kept = (ints)x & ~(high | low);
-    x = (floats)(kept | (high & (ints)((floats){0} + 88.0f)) | (low & (ints)((floats){0} - 87.0f)));
-    /* Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold. */
-    const floats shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-    const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (floats)((ints)p + ((ints)shifted << 23));
+/* y / (1 + e^-y) of `count` vectors beside one another. e^x is within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and
+   a polynomial for e^r (Cephes' expf). NaN stays. */
+INLINE void NAME(silu)(floats *y, const int count) {
+    floats r[BESIDE], p[BESIDE];
+    ints power[BESIDE];
+#define EACH _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
+    EACH {
+        const floats x = -y[i];
+        const ints high = x > 88.0f, low = x < -87.0f;
+        const ints kept = (ints)x & ~(high | low);
+        r[i] = (floats)(kept | (high & (ints)((floats){0} + 88.0f)) | (low & (ints)((floats){0} - 87.0f)));
+    }
+    EACH {
+        /* Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold. */
+        const floats shifted = r[i] * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+        r[i] = r[i] - n * 0.693359375f + n * 2.12194440e-4f;
+        power[i] = (ints)shifted << 23;
+    }
+    EACH p[i] = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+    EACH p[i] = p[i] * r[i] + 8.3334519073e-3f;
+    EACH p[i] = p[i] * r[i] + 4.1665795894e-2f;
+    EACH p[i] = p[i] * r[i] + 1.6666665459e-1f;
+    EACH p[i] = p[i] * r[i] + 5.0000001201e-1f;
+    EACH p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
+    EACH y[i] = y[i] / (1.0f + (floats)((ints)p[i] + power[i]));
+#undef EACH
 }
 
 /* The statistics of `parts` parts from `first` on, of the channels `begin` to `end` of one input, which come behind `offset`
@@ -76,13 +89,26 @@ INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset
             const float fresh = (float)count / (float)(before + count);
             for (int64_t c = begin; c < end; c += LANES) {
                 const float *from = x + start * channels + c;
-                floats sum = {0}, square = {0};
-                for (int64_t p = 0; p < count; p++) sum += NAME(load)(from + p * channels, end - c);
-                floats mean = sum / (float)count;
-                for (int64_t p = 0; p < count; p++) {
-                    const floats deviation = NAME(load)(from + p * channels, end - c) - mean;
-                    square += deviation * deviation;
+                floats sums[BESIDE] = {{0}}, squares_of[BESIDE] = {{0}};
+                int64_t p = 0;
+                for (; p + BESIDE <= count; p += BESIDE) {
+#pragma GCC unroll 4
+                    for (int i = 0; i < BESIDE; i++) sums[i] += NAME(load)(from + (p + i) * channels, end - c);
                 }
+                for (; p < count; p++) sums[0] += NAME(load)(from + p * channels, end - c);
+                floats mean = (sums[0] + sums[1] + (sums[2] + sums[3])) / (float)count;
+                for (p = 0; p + BESIDE <= count; p += BESIDE) {
+#pragma GCC unroll 4
+                    for (int i = 0; i < BESIDE; i++) {
+                        const floats deviation = NAME(load)(from + (p + i) * channels, end - c) - mean;
+                        squares_of[i] += deviation * deviation;
+                    }
+                }
+                for (; p < count; p++) {
+                    const floats deviation = NAME(load)(from + p * channels, end - c) - mean;
+                    squares_of[0] += deviation * deviation;
+                }
+                floats square = squares_of[0] + squares_of[1] + (squares_of[2] + squares_of[3]);
                 if (before) {
                     const floats old = NAME(load)(means + c, end - c), delta = mean - old;
                     square += NAME(load)(squares + c, end - c) + delta * delta * (before * fresh);
@@ -138,21 +164,44 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int
     }
 }
 
+/* `count` vectors of at most LANES channels, `x_step` and `out_step` floats apart, with the numbers of channels `step` apart. */
+INLINE void NAME(apply_beside)(const float *x, int64_t x_step, const float *pivots, const float *factors, const float *terms,
+                               int64_t step, int32_t silu, float *out, int64_t out_step, int64_t lanes, const int count) {
+    floats y[BESIDE];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+        y[i] = NAME(load)(x + i * x_step, lanes) - NAME(load)(pivots + i * step, lanes);
+        y[i] = y[i] * NAME(load)(factors + i * step, lanes) + NAME(load)(terms + i * step, lanes);
+    }
+    if (silu) NAME(silu)(y, count);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) NAME(store)(out + i * out_step, y[i], lanes);
+}
+
 INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
                            int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t all = n->channels + n->channels2;
     const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
     const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
     float *out = n->out + image * n->pixels * all + offset;
-    for (int64_t p = first; p < last; p++) {
-        for (int64_t c = begin; c < end; c += LANES) {
-            const int64_t left = end - c;
-            floats y = NAME(load)(x + p * channels + c, left) - NAME(load)(pivots + c, left);
-            y = y * NAME(load)(factors + c, left) + NAME(load)(terms + c, left);
-            if (n->silu) y = y / (1.0f + NAME(exponential)(-y));
-            NAME(store)(out + p * all + c, y, left);
+#define APPLY(p, c, x_step, step, out_step, lanes, count)                                                                        \
+    NAME(apply_beside)                                                                                                         \
+    (x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu, out + (p) * all + (c), out_step, \
+     lanes, count)
+    for (int64_t p = first; p < last; p += BESIDE) {
+        const int64_t pixels = LEAST(BESIDE, last - p);
+        int64_t c = begin;
+        /* Neighbouring channels in the order of memory, and of what is left the same channels of neighbouring pixels. */
+        for (int64_t q = p; q < p + pixels; q++)
+            for (c = begin; c + BESIDE * LANES <= end; c += BESIDE * LANES) APPLY(q, c, LANES, LANES, LANES, LANES, BESIDE);
+        for (; c < end; c += LANES) {
+            if (pixels == BESIDE && c + LANES <= end)
+                APPLY(p, c, channels, 0, all, LANES, BESIDE);
+            else
+                for (int64_t q = p; q < p + pixels; q++) APPLY(q, c, 0, 0, 0, end - c, 1);
         }
     }
+#undef APPLY
 }
 
 /* The pixels `first` to `last` of an image, the channels `begin` to `end` of all. */
