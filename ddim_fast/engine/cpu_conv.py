@@ -59,19 +59,20 @@ def direct_terms(
     """What the time of a direct conv is made of, for an input of `height` by `width`.
 
     Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls, and calls
-    that oneDNN takes. In C output channels go by 32.
+    that oneDNN takes. In C many output channels go by 32.
     """
-    ours = runs_in_c(out_channels, upsample)
-    channels = in_channels * (-(-out_channels // native.PANEL) * native.PANEL if ours else out_channels)
+    ours = runs_in_c(upsample)
+    panels = ours and out_channels > native.FEW
+    channels = in_channels * (-(-out_channels // native.PANEL) * native.PANEL if panels else out_channels)
     pixels = batch * height * width
     taps = 16 if upsample else 9
     phased = 4 * pixels * out_channels if upsample else 0
     return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0, float(not ours)
 
 
-def runs_in_c(out_channels: int, upsample: bool) -> bool:
-    """Whether the C kernel takes a direct conv: a panel that is nearly empty costs more than a call of oneDNN."""
-    return native.available() and not upsample and out_channels >= native.PANEL // 2
+def runs_in_c(upsample: bool) -> bool:
+    """Whether the C kernel takes a direct conv."""
+    return native.available() and not upsample
 
 
 def winograd_terms(
@@ -159,7 +160,7 @@ def conv3x3(
         and x.dtype == torch.float32
         and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
     )
-    direct = native.usable(x, bias, residual, out) and runs_in_c(out_channels, packed.upsample)
+    direct = native.usable(x, bias, residual, out) and runs_in_c(packed.upsample)
     if out is None and (winograd or direct):
         size = batch, *output_size(packed, height, width), out_channels
         out = workspace.take("convolved", *size) if passing else workspace.fresh(*size)
@@ -214,7 +215,7 @@ def _winograd(packed: PackedConv) -> WinogradWeight:
 def _filters(packed: PackedConv) -> Tensor:
     form = packed.forms.get("filters")
     if not isinstance(form, Tensor):
-        form = packed.forms["filters"] = native.pack_filters(packed.weight.permute(0, 2, 3, 1))
+        form = packed.forms["filters"] = native.pack_direct(packed.weight)
     return form
 
 

@@ -164,6 +164,11 @@ INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int 
     float *out = b->data + index * (channels + APART);
     for (int64_t c = begin; c < end; c += LANES) {
         floats rows[6][6], d[6], t[6];
+        /* What the next tile reads anew comes from memory meanwhile: no processor foresees such steps. */
+        for (int i = 0; i < size; i++) {
+            const int64_t h = LEAST(MOST(top + i, 0), conv->height - 1), w = left + size;
+            for (int j = 0; j < size - 2; j++) __builtin_prefetch(x + (h * conv->width + w + j) * channels + c, 0, 3);
+        }
         for (int j = 0; j < size; j++) {
             for (int i = 0; i < size; i++) {
                 const int64_t h = top + i, w = left + j;
@@ -221,39 +226,54 @@ INLINE void NAME(transform_filters)(const float *filters, float *out, int64_t de
     }
 }
 
-/* A^T m A of one tile of a panel, with what is folded into it. */
+/* A^T m A of `count` channels, at most LANES, with what is folded into it; the first `high` rows and `wide` columns of a tile. */
+INLINE void NAME(finish_channels)(const float *products, int64_t apart, floats add, const float *residual, float *out,
+                                  float divisor, int64_t channels, int64_t width, int64_t high, int64_t wide, int64_t count,
+                                  const int side) {
+    floats rows[4][6], t[6], y[4];
+    for (int j = 0; j < side; j++) {
+        for (int i = 0; i < side; i++) t[i] = *(const loose *)(products + (i * side + j) * apart);
+        if (side == 6)
+            NAME(pixels_of)(t, y);
+        else
+            NAME(upsampled_pixels_of)(t, y);
+        for (int i = 0; i < 4; i++) rows[i][j] = y[i];
+    }
+    for (int i = 0; i < high; i++) {
+        if (side == 6)
+            NAME(pixels_of)(rows[i], y);
+        else
+            NAME(upsampled_pixels_of)(rows[i], y);
+        for (int j = 0; j < wide; j++) {
+            const int64_t place = (i * width + j) * channels;
+            floats value = y[j] + add;
+            if (residual) value += NAME(load)(residual + place, count);
+            if (divisor != 1) value /= divisor;
+            NAME(store)(out + place, value, count);
+        }
+    }
+}
+
+/* One tile of a panel. */
 INLINE void NAME(finish_tile)(const struct block *b, int64_t tile, int64_t panel, const float *products, int64_t apart,
                               const int side) {
     const struct conv *conv = b->conv;
     const int64_t image = tile / (b->rows * b->columns), grow = side == 6 ? 1 : 2, channels = conv->out_channels;
     const int64_t top = tile / b->columns % b->rows * 4, left = tile % b->columns * 4, width = grow * conv->width;
     const int64_t high = LEAST(4, grow * conv->height - top), wide = LEAST(4, width - left);
+    const int64_t first = (top * width + left) * channels;
+    const float *bias = conv->bias ? conv->bias + image * conv->bias_stride : NULL;
+    const float *residual = conv->residual ? conv->residual + image * conv->residual_stride + first : NULL;
+    float *out = conv->out + image * conv->out_stride + first;
     for (int64_t c = panel * PANEL; c < LEAST(channels, (panel + 1) * PANEL); c += LANES, products += LANES) {
-        floats rows[4][6], t[6], y[4];
-        for (int j = 0; j < side; j++) {
-            for (int i = 0; i < side; i++) t[i] = *(const loose *)(products + (i * side + j) * apart);
-            if (side == 6)
-                NAME(pixels_of)(t, y);
-            else
-                NAME(upsampled_pixels_of)(t, y);
-            for (int i = 0; i < 4; i++) rows[i][j] = y[i];
-        }
-        const floats add =
-            conv->bias ? NAME(load)(conv->bias + image * conv->bias_stride + c, channels - c) : (floats){0};
-        for (int i = 0; i < high; i++) {
-            if (side == 6)
-                NAME(pixels_of)(rows[i], y);
-            else
-                NAME(upsampled_pixels_of)(rows[i], y);
-            for (int j = 0; j < wide; j++) {
-                const int64_t place = ((top + i) * width + left + j) * channels + c;
-                floats value = y[j] + add;
-                if (conv->residual)
-                    value += NAME(load)(conv->residual + image * conv->residual_stride + place, channels - c);
-                if (conv->divisor != 1) value /= conv->divisor;
-                NAME(store)(conv->out + image * conv->out_stride + place, value, channels - c);
-            }
-        }
+        const floats add = bias ? NAME(load)(bias + c, channels - c) : (floats){0};
+        const float *before = residual ? residual + c : NULL;
+        if (high == 4 && wide == 4 && c + LANES <= channels)
+            NAME(finish_channels)
+        (products, apart, add, before, out + c, conv->divisor, channels, width, 4, 4, LANES, side);
+        else
+            NAME(finish_channels)
+        (products, apart, add, before, out + c, conv->divisor, channels, width, high, wide, channels - c, side);
     }
 }
 

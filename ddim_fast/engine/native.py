@@ -24,13 +24,17 @@ logger = logging.getLogger(__name__)
 
 MODULE = "ddim_fast.engine._cpu_kernels"
 # Raised, here and in `cpu_norm.c`, with every change of what the kernels expect or give.
-REVISION = 1
+REVISION = 2
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
 # Floats of an image up to which a norm is shared out by its groups.
 MOST_BY_GROUPS = 1 << 20
+# Images a thread from which on a norm gives every image to one thread.
+IMAGES_A_THREAD = 4
 # Output channels that are multiplied together.
 PANEL = 32
+# Output channels that are not: `cpu_direct.c` sums their products over the input channels.
+FEW = 15
 # Rows of a product that a thread takes together.
 ROWS = 128
 # Whatever the process's default dtype and device are: the kernels write by address.
@@ -177,6 +181,13 @@ def pack_filters(weight: Tensor) -> Tensor:
     return filters
 
 
+def pack_direct(weight: Tensor) -> Tensor:
+    """A weight (Cout, Cin, 3, 3) for `direct_conv3x3`: panels with the taps before Cin, or of few Cout (9, Cout, Cin)."""
+    if len(weight) > FEW:
+        return pack_filters(weight.permute(0, 2, 3, 1))
+    return weight.detach().permute(2, 3, 0, 1).flatten(0, 1).to(torch.float32).contiguous()
+
+
 def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     """x @ weight.T + bias + residual into `out`.
 
@@ -288,9 +299,10 @@ def direct_conv3x3(
 ) -> None:
     """The same for any stride; `padding` above and to the left, and whatever `out` needs below and to the right.
 
-    `filters`: `pack_filters` of the weight as (Cout, 3, 3, Cin), the taps before the channels.
+    `filters`: from `pack_direct`.
     """
-    assert filters.shape[1:] == (3, 3, x.shape[3], PANEL)
+    few = out.shape[3] <= FEW
+    assert filters.shape[int(not few) :] == ((9, out.shape[3], x.shape[3]) if few else (3, 3, x.shape[3], PANEL))
     vector = _vector(bias)
     direct = _Direct(
         **_convolution(x, filters, out, vector, residual, divisor),
@@ -322,8 +334,10 @@ def group_norm(
     assert channels + channels2 == len(weight) and (x2 is None or x2.shape[:3] == x.shape[:3])
     weight, bias = weight.contiguous(), bias.contiguous()
     part, threads = part_size(height * width), torch.get_num_threads()
-    # By groups a thread finds in its own cache what it convolved; rows of a large image are better read whole.
-    by_groups = num_groups >= threads and height * width * (channels + channels2) <= MOST_BY_GROUPS
+    # Many images are shared out whole; few by groups, so that a thread finds in its own cache what it convolved; rows of
+    # a large image are better read whole.
+    spans = 1 if batch >= IMAGES_A_THREAD * threads else threads
+    spans = spans if num_groups >= spans and height * width * (channels + channels2) <= MOST_BY_GROUPS else 0
     (add, add_stride), (scale, scale_stride), (shift, shift_stride) = _vector(add), _vector(scale), _vector(shift)
     norm = _Norm(
         x=x.data_ptr(),
@@ -347,7 +361,7 @@ def group_norm(
         channels=channels,
         channels2=channels2,
         groups=num_groups,
-        spans=threads if by_groups else 0,
+        spans=spans,
         eps=eps,
         silu=silu,
     )
