@@ -182,7 +182,7 @@ def pack_filters(weight: Tensor) -> Tensor:
 
 
 def pack_direct(weight: Tensor) -> Tensor:
-    """A weight (Cout, Cin, 3, 3) for `direct_conv3x3`: panels with the taps before Cin, or of few Cout (9, Cout, Cin)."""
+    """A weight (Cout, Cin, 3, 3) for `direct_conv3x3`: panels with taps before Cin, or of few Cout (9, Cout, Cin)."""
     if len(weight) > FEW:
         return pack_filters(weight.permute(0, 2, 3, 1))
     return weight.detach().permute(2, 3, 0, 1).flatten(0, 1).to(torch.float32).contiguous()
@@ -334,8 +334,8 @@ def group_norm(
     assert channels + channels2 == len(weight) and (x2 is None or x2.shape[:3] == x.shape[:3])
     weight, bias = weight.contiguous(), bias.contiguous()
     part, threads = part_size(height * width), torch.get_num_threads()
-    # Many images are shared out whole; few by groups, so that a thread finds in its own cache what it convolved; rows of
-    # a large image are better read whole.
+    # Many images are shared out whole; few by groups, so that a thread finds in its cache what it convolved; rows of a
+    # large image are better read whole.
     spans = 1 if batch >= IMAGES_A_THREAD * threads else threads
     spans = spans if num_groups >= spans and height * width * (channels + channels2) <= MOST_BY_GROUPS else 0
     (add, add_stride), (scale, scale_stride), (shift, shift_stride) = _vector(add), _vector(scale), _vector(shift)
