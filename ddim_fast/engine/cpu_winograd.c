@@ -266,6 +266,9 @@ INLINE void NAME(finish_tile)(const struct block *b, int64_t tile, int64_t panel
     const float *residual = conv->residual ? conv->residual + image * conv->residual_stride + first : NULL;
     float *out = conv->out + image * conv->out_stride + first;
     for (int64_t c = panel * PANEL; c < LEAST(channels, (panel + 1) * PANEL); c += LANES, products += LANES) {
+        /* The next tile's place comes from memory meanwhile, to be written. */
+        for (int i = 0; i < 4; i++)
+            for (int j = 4; j < 8; j++) __builtin_prefetch(out + (i * width + j) * channels + c, 1, 3);
         const floats add = bias ? NAME(load)(bias + c, channels - c) : (floats){0};
         const float *before = residual ? residual + c : NULL;
         if (high == 4 && wide == 4 && c + LANES <= channels)
