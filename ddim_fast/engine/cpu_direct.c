@@ -13,7 +13,8 @@
 #define BESIDE 8
 
 struct direct {
-    const float *x, *filters, *bias, *residual; /* filters: (panels, 9, in_channels, 32), or of few (9, out_channels, in_channels) */
+    /* filters: (panels, 9, in_channels, 32), or of few (9, out_channels, in_channels) */
+    const float *x, *filters, *bias, *residual;
     float *out;
     int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats an image */
     int64_t images, height, width, in_channels;                 /* of the pixels read */

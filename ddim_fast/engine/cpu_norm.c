@@ -48,8 +48,8 @@ void ddim_fast_group_norm(const struct norm *norm, const struct team *team) {
 
 #else
 
-/* y / (1 + e^-y) of `count` vectors beside one another. e^x is within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and
-   a polynomial for e^r (Cephes' expf). NaN stays. */
+/* y / (1 + e^-y) of `count` vectors beside one another. e^x is within 2 units in the last place: 2^n e^r with
+   |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf). NaN stays. */
 INLINE void NAME(silu)(floats *y, const int count) {
     floats r[BESIDE], p[BESIDE];
     ints power[BESIDE];
@@ -133,8 +133,9 @@ INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first,
     (n->x2 + image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0), MOST(end - own, 0));
 }
 
-/* From the statistics of all parts to three numbers a channel of some groups, in the place of the first parts: what is taken off, what is
-   multiplied with and what is added. Each part has room for two, and the pivot goes behind all images' parts. */
+/* From the statistics of all parts to three numbers a channel of some groups, in the place of the first parts: what is
+   taken off, what is multiplied with and what is added. Each part has room for two, and the pivot goes behind all images'
+   parts. */
 INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int64_t last) {
     const int64_t all = n->channels + n->channels2, parts = n->parts, wide = all / n->groups;
     float *work = n->work + image * parts * 2 * all, *pivots = n->work + n->images * parts * 2 * all + image * all;
@@ -164,9 +165,11 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int
     }
 }
 
-/* `count` vectors of at most LANES channels, `x_step` and `out_step` floats apart, with the numbers of channels `step` apart. */
-INLINE void NAME(apply_beside)(const float *x, int64_t x_step, const float *pivots, const float *factors, const float *terms,
-                               int64_t step, int32_t silu, float *out, int64_t out_step, int64_t lanes, const int count) {
+/* `count` vectors of at most LANES channels, `x_step` and `out_step` floats apart, with their channels' numbers `step`
+   apart. */
+INLINE void NAME(apply_beside)(const float *x, int64_t x_step, const float *pivots, const float *factors,
+                               const float *terms, int64_t step, int32_t silu, float *out, int64_t out_step,
+                               int64_t lanes, const int count) {
     floats y[BESIDE];
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
@@ -184,16 +187,17 @@ INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, con
     const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
     const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
     float *out = n->out + image * n->pixels * all + offset;
-#define APPLY(p, c, x_step, step, out_step, lanes, count)                                                                        \
-    NAME(apply_beside)                                                                                                         \
-    (x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu, out + (p) * all + (c), out_step, \
-     lanes, count)
+#define APPLY(p, c, x_step, step, out_step, lanes, count)                                                        \
+    NAME(apply_beside)                                                                                           \
+    (x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu,                  \
+     out + (p) * all + (c), out_step, lanes, count)
     for (int64_t p = first; p < last; p += BESIDE) {
         const int64_t pixels = LEAST(BESIDE, last - p);
         int64_t c = begin;
         /* Neighbouring channels in the order of memory, and of what is left the same channels of neighbouring pixels. */
         for (int64_t q = p; q < p + pixels; q++)
-            for (c = begin; c + BESIDE * LANES <= end; c += BESIDE * LANES) APPLY(q, c, LANES, LANES, LANES, LANES, BESIDE);
+            for (c = begin; c + BESIDE * LANES <= end; c += BESIDE * LANES)
+                APPLY(q, c, LANES, LANES, LANES, LANES, BESIDE);
         for (; c < end; c += LANES) {
             if (pixels == BESIDE && c + LANES <= end)
                 APPLY(p, c, channels, 0, all, LANES, BESIDE);

@@ -1,10 +1,11 @@
 /* Winograd F(4x4, 3x3) convolution over NHWC float32, plain and behind a nearest 2x upsampling (`winograd.py` has the
    mathematics, and the same in PyTorch; `native.py` the Python side, with shapes and checks).
 
-   A block of tiles is transformed into taps that stay in the last-level cache, or where there are many, a group of tiles into
-   a thread's own cache. Then each part of the work takes a panel of 32 output channels for a group: it transforms the 9 numbers of a filter into 36, some input channels at a
-   time, into the second-level cache, multiplies, and transforms the products back with bias and residual. So a filter is read
-   from memory as 9 numbers, not as 36: at small batches reading weights is what takes the time. */
+   A block of tiles is transformed into taps that stay in the last-level cache, or where there are many, a group of tiles
+   into a thread's own cache. Then each part of the work takes a panel of 32 output channels for a group: it transforms the
+   9 numbers of a filter into 36, some input channels at a time, into the second-level cache, multiplies, and transforms
+   the products back with bias and residual. So a filter is read from memory as 9 numbers, not as 36: at small batches
+   reading weights is what takes the time. */
 
 #ifndef NAME
 #include "cpu_kernels.h"
@@ -153,7 +154,8 @@ INLINE void NAME(upsampled_filter_of)(const floats g[3], floats t[5]) {
     t[4] = g[2];
 }
 
-/* B^T d B of a span of one tile's channels, the height's tap before the width's; `side` taps a side is constant after inlining. */
+/* B^T d B of a span of one tile's channels, the height's tap before the width's; `side` taps a side is constant after
+   inlining. */
 INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int side) {
     const struct conv *conv = b->conv;
     const int64_t index = part % b->count, vectors = PARTS(conv->in_channels, LANES), span = part / b->count;
@@ -226,7 +228,8 @@ INLINE void NAME(transform_filters)(const float *filters, float *out, int64_t de
     }
 }
 
-/* A^T m A of `count` channels, at most LANES, with what is folded into it; the first `high` rows and `wide` columns of a tile. */
+/* A^T m A of `count` channels, at most LANES, with what is folded into it; the first `high` rows and `wide` columns of a
+   tile. */
 INLINE void NAME(finish_channels)(const float *products, int64_t apart, floats add, const float *residual, float *out,
                                   float divisor, int64_t channels, int64_t width, int64_t high, int64_t wide, int64_t count,
                                   const int side) {

@@ -76,8 +76,9 @@ def test_every_instruction_set_gives_the_same_convolution(widest, upsample, chan
         widest(level)
         convolved = winograd_conv3x3(x, weight, bias=torch.ones(2, 24))
         direct = conv3x3(x, pack_conv3x3(weight.weight), bias=torch.ones(2, 24), exact=True)
+        few = conv3x3(x, pack_conv3x3(weight.weight[:3]), bias=torch.ones(3))
         product = linear(x, PackedLinear((weight.weight[:, :, 1, 1],)))
-        outputs.append((convolved, direct, product))
+        outputs.append((convolved, direct, few, product))
 
     for actual in outputs[1:]:
         for different, first in zip(actual, outputs[0], strict=True):
@@ -85,16 +86,28 @@ def test_every_instruction_set_gives_the_same_convolution(widest, upsample, chan
 
 
 @needs_kernels
-def test_every_instruction_set_gives_the_same_norm(widest):
+@pytest.mark.parametrize("channels", [(24, 16), (72, 64), (4, 208)])
+def test_every_instruction_set_gives_the_same_norm(widest, channels):
     torch.manual_seed(0)
-    x, x2 = 3 * torch.randn(2, 9, 40, 24), torch.randn(2, 9, 40, 16) - 5
+    x, x2 = 3 * torch.randn(2, 9, 41, channels[0]), torch.randn(2, 9, 41, channels[1]) - 5
     outputs = []
     for level in (2, 1, 0):
         widest(level)
-        outputs.append(group_norm_silu(x, torch.full((40,), 2.0), torch.ones(40), 4, 1e-5, x2=x2))
+        weight = torch.full((sum(channels),), 2.0)
+        outputs.append(group_norm_silu(x, weight, torch.ones_like(weight), 4, 1e-5, x2=x2))
 
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(outputs[2], outputs[0])
+
+
+@needs_kernels
+def test_images_do_not_change_one_anothers_norm():
+    """Many are shared out whole, few by groups."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4 * torch.get_num_threads() + 1, 9, 7, 80), torch.randn(80)
+    together = group_norm_silu(x, weight, weight, 8, 1e-5)
+    apart = [group_norm_silu(image[None], weight, weight, 8, 1e-5) for image in x]
+    assert torch.equal(together, torch.cat(apart))
 
 
 @needs_kernels
@@ -111,7 +124,10 @@ def test_threads_do_not_change_a_bit(batch, alone):
             outputs.append(group_norm_silu(x, weight, weight, 4, 1e-5))
             convolved = winograd_conv3x3(x, WinogradWeight(filters), tiles=17)
             direct = conv3x3(x, pack_conv3x3(filters, stride=2))
-            others.append([convolved, direct, linear(convolved, PackedLinear((filters[:, :, 0].flatten(1)[:, :80],)))])
+            few = conv3x3(x, pack_conv3x3(filters[:3]))
+            others.append(
+                [convolved, direct, few, linear(convolved, PackedLinear((filters[:, :, 0].flatten(1)[:, :80],)))]
+            )
     finally:
         torch.set_num_threads(before)
 

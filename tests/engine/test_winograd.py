@@ -207,7 +207,7 @@ def test_buffers_do_not_grow_with_calls():
 @pytest.mark.parametrize("into_residual", [False, True])
 @pytest.mark.parametrize(("stride", "right_bottom"), [(1, False), (2, False), (2, True), (3, False)])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (33, 6), (16, 67)])
-@pytest.mark.parametrize(("in_channels", "out_channels"), [(3, 16), (20, 40), (5, 3)])
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(3, 16), (20, 40), (5, 3), (50, 8), (16, 15)])
 def test_the_direct_convolution_of_any_stride(
     in_channels, out_channels, height, width, stride, right_bottom, into_residual
 ):
