@@ -65,7 +65,7 @@ static void NAME(direct_few)(const void *arguments, int64_t part, int64_t worker
     (void)worker;
     for (int64_t left = 0; left < d->out_width; left += BESIDE) {
         const int64_t count = LEAST(BESIDE, d->out_width - left);
-        floats values[BESIDE] = {{0}};
+        float values[BESIDE][FEW + LANES] = {{0}};
         for (int64_t channel = 0; channel < end; channel++) {
             floats sums[BESIDE] = {{0}};
             for (int64_t tap = 0; tap < 9; tap++) {
@@ -95,8 +95,10 @@ static void NAME(direct_few)(const void *arguments, int64_t part, int64_t worker
         }
         for (int64_t p = 0; p < count; p++) {
             const int64_t place = (row * d->out_width + left + p) * end;
-            const floats value = NAME(finished)(d, values[p], image, place, 0, end);
-            NAME(store)(d->out + image * d->out_stride + place, value, end);
+            for (int64_t c = 0; c < end; c += LANES) {
+                const floats value = NAME(finished)(d, *(const loose *)(values[p] + c), image, place + c, c, end - c);
+                NAME(store)(d->out + image * d->out_stride + place + c, value, end - c);
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-/* What the C kernels of the CPU engine share: 16 floats at a time, and PyTorch's own OpenMP team to run the parts of a
+/* What the C kernels of the CPU engine share: PyTorch's own OpenMP team to run the parts of a
    call. Vector extensions of GCC and Clang, no library. */
 
 #ifndef DDIM_FAST_CPU_KERNELS_H
@@ -8,12 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16
 /* Columns that are multiplied together. */
 #define PANEL 32
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))

@@ -1,4 +1,9 @@
-/* 16 channels from and to memory, or what is left of them. No include guard: `cpu_variants.h` needs it once a variant. */
+/* A register of channels, from and to memory, or what is left of them. As wide as a variant's registers: of wider vectors
+   GCC makes scalars where it compares. No include guard: `cpu_variants.h` needs it once a variant. */
+
+typedef float NAME(floats) __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH)));
+typedef float NAME(loose) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 INLINE floats NAME(load)(const float *from, int64_t count) {
     if (count >= LANES) return *(const loose *)from;

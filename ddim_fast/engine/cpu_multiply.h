@@ -1,23 +1,20 @@
 /* The product of a few rows by a panel of 32 columns. No include guard: `cpu_variants.h` needs it once a variant. */
 
-typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH)));
-typedef float NAME(unaligned) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-
 /* c (rows, 32) += or = a (rows, depth) b (depth, 32), two registers of columns at a time. */
 INLINE void NAME(multiply_rows)(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,
                                 const int rows) {
     for (int64_t column = 0; column < PANEL; column += 2 * WIDTH) {
-        NAME(vector) sums[ROWS][2];
+        floats sums[ROWS][2];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             for (int v = 0; v < 2; v++) {
-                sums[r][v] = (NAME(vector)){0};
-                if (add) sums[r][v] += *(const NAME(unaligned) *)(c + r * PANEL + column + v * WIDTH);
+                sums[r][v] = (floats){0};
+                if (add) sums[r][v] += *(const loose *)(c + r * PANEL + column + v * WIDTH);
             }
         }
         for (int64_t k = 0; k < depth; k++) {
-            const NAME(vector) left = *(const NAME(unaligned) *)(b + k * PANEL + column);
-            const NAME(vector) right = *(const NAME(unaligned) *)(b + k * PANEL + column + WIDTH);
+            const floats left = *(const loose *)(b + k * PANEL + column);
+            const floats right = *(const loose *)(b + k * PANEL + column + WIDTH);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 const float factor = a[r * a_stride + k];
@@ -27,7 +24,7 @@ INLINE void NAME(multiply_rows)(const float *a, int64_t a_stride, const float *b
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            for (int v = 0; v < 2; v++) *(NAME(unaligned) *)(c + r * PANEL + column + v * WIDTH) = sums[r][v];
+            for (int v = 0; v < 2; v++) *(loose *)(c + r * PANEL + column + v * WIDTH) = sums[r][v];
         }
     }
 }

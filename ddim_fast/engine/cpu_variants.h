@@ -1,6 +1,11 @@
 /* The file BODY once an instruction set, its functions named by NAME; `PICK` of `cpu_kernels.h` chooses at run time.
    WIDTH floats fill a register, and a product of ROWS rows by two registers leaves some free. */
 
+#define LANES WIDTH
+#define floats NAME(floats)
+#define ints NAME(ints)
+#define loose NAME(loose)
+
 #ifdef INSTRUCTION_SETS
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
