@@ -15,9 +15,9 @@ test = [
 
 # Without a C compiler the installation goes on, and PyTorch's operators take the place of these kernels.
 cpu_kernels = Extension(
-    "ddim_fast.engine._cpu_kernels",
-    sorted(str(path) for path in Path("ddim_fast/engine").glob("*.c")),
-    depends=sorted(str(path) for path in Path("ddim_fast/engine").glob("*.h")),
+    "ddim_fast.engine.cpu._kernels",
+    sorted(str(path) for path in Path("ddim_fast/engine/cpu").glob("*.c")),
+    depends=sorted(str(path) for path in Path("ddim_fast/engine/cpu").glob("*.h")),
     extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
     libraries=[] if sys.platform == "win32" else ["m"],
     optional=True,

@@ -3,7 +3,7 @@
     python benchmarks/fit_conv_cost.py [--rounds 9] [--threads 2] [--operators]
 
 Times both on the layers of the CIFAR-10 and LSUN models and shapes between them, one after the other, with the caches
-swept before each call as the rest of a network would. Prints the coefficients for `ddim_fast/engine/cpu_conv.py`, and
+swept before each call as the rest of a network would. Prints the coefficients for `ddim_fast/engine/cpu/conv.py`, and
 how the choice they make compares with the best one.
 """
 
@@ -13,8 +13,9 @@ import time
 
 import torch
 
-from ddim_fast.engine import cpu_conv, native
-from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
+from ddim_fast.engine.cpu import conv as cpu_conv
+from ddim_fast.engine.cpu import native
+from ddim_fast.engine.cpu.winograd import WinogradWeight, winograd_conv3x3
 
 # batch, side of the input, channels in and out, behind an upsampling
 SHAPES = [

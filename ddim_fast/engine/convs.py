@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cpu_conv
+from .cpu import conv as cpu_conv
 
 
 @dataclass(frozen=True)
 class Conv:
     """A convolution: weight (Cout, Cin, k, k), channels last on CUDA, and float32 bias (Cout,).
 
-    `cpu` is what `cpu_conv` runs in its place, where it can (3x3, on the CPU); `exact` keeps it to the
+    `cpu` is what `cpu/conv.py` runs in its place, where it can (3x3, on the CPU); `exact` keeps it to the
     direct convolution.
     """
 

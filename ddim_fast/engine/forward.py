@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_linear, cpu_norm
 from .convs import (
     Activation,
     UpsampleConv,
@@ -19,6 +18,8 @@ from .convs import (
     conv_to_residual,
     upsample_conv,
 )
+from .cpu import linear as cpu_linear
+from .cpu import norm as cpu_norm
 from .pack import Attention, Matrix, Norm, PackedUNet, Resnet, Stage
 
 if TYPE_CHECKING:

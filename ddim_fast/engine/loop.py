@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..noise import draw_seeds, randn_tensor
 from .convs import nchw
+from .cpu.winograd import workspace
 from .forward import fused_forward, time_table
 from .pack import PackedUNet
-from .winograd import workspace
 
 if TYPE_CHECKING:
     from ..scheduler import DDIMScheduler

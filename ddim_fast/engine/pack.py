@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convs import Conv, UpsampleConv, biases_fold, pack_conv, pack_upsample_conv
-from .cpu_linear import PackedLinear
+from .cpu.linear import PackedLinear
 
 if TYPE_CHECKING:
     from ..unet import UNet2DModel

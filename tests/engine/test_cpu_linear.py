@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddim_fast.engine import cpu_linear, native
-from ddim_fast.engine.cpu_linear import PackedLinear, add_product, attention, linear
+from ddim_fast.engine.cpu import linear as cpu_linear
+from ddim_fast.engine.cpu import native
+from ddim_fast.engine.cpu.linear import PackedLinear, add_product, attention, linear
 
 
 @pytest.fixture(params=["native", "onednn", "torch"], autouse=True)

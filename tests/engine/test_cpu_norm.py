@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddim_fast.engine import native
-from ddim_fast.engine.cpu_norm import group_norm_silu
+from ddim_fast.engine.cpu import native
+from ddim_fast.engine.cpu.norm import group_norm_silu
 
 
 @pytest.fixture(autouse=True, params=["native", "torch"])

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from ddim_fast import DDIMPipeline, UNet2DModel
-from ddim_fast.engine import native, packed_unet, winograd
-from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv
-from ddim_fast.engine.cpu_linear import PackedLinear, linear
-from ddim_fast.engine.cpu_norm import group_norm_silu
+from ddim_fast.engine import packed_unet
+from ddim_fast.engine.cpu import native, winograd
+from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv
+from ddim_fast.engine.cpu.linear import PackedLinear, linear
+from ddim_fast.engine.cpu.norm import group_norm_silu
+from ddim_fast.engine.cpu.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
 from ddim_fast.engine.forward import fused_forward, time_table
 from ddim_fast.engine.pack import pack
-from ddim_fast.engine.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C kernels are not built")
 

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddim_fast.engine import native, winograd
-from ddim_fast.engine.cpu_conv import conv3x3, pack_conv3x3, pack_upsample_conv, upsample_conv
-from ddim_fast.engine.winograd import WinogradWeight, winograd_conv3x3
+from ddim_fast.engine.cpu import native, winograd
+from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv, upsample_conv
+from ddim_fast.engine.cpu.winograd import WinogradWeight, winograd_conv3x3
 
 
 def reference(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:

@@ -1,4 +1,4 @@
-/* The product of a few rows by a panel of 32 columns. No include guard: `cpu_variants.h` needs it once a variant. */
+/* The product of a few rows by a panel of 32 columns. No include guard: `variants.h` needs it once a variant. */
 
 /* c (rows, 32) += or = a (rows, depth) b (depth, 32), two registers of columns at a time. */
 INLINE void NAME(multiply_rows)(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,

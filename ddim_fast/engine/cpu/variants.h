@@ -1,4 +1,4 @@
-/* The file BODY once an instruction set, its functions named by NAME; `PICK` of `cpu_kernels.h` chooses at run time.
+/* The file BODY once an instruction set, its functions named by NAME; `PICK` of `kernels.h` chooses at run time.
    WIDTH floats fill a register, and a product of ROWS rows by two registers leaves some free. */
 
 #define LANES WIDTH
@@ -12,7 +12,7 @@
 #define NAME(name) name##_avx512
 #define WIDTH 16
 #define ROWS 8
-#include "cpu_lanes.h"
+#include "lanes.h"
 #include BODY
 #undef NAME
 #undef WIDTH
@@ -23,7 +23,7 @@
 #define NAME(name) name##_avx2
 #define WIDTH 8
 #define ROWS 6
-#include "cpu_lanes.h"
+#include "lanes.h"
 #include BODY
 #undef NAME
 #undef WIDTH
@@ -33,7 +33,7 @@
 #define NAME(name) name##_plain
 #define WIDTH 4
 #define ROWS 6
-#include "cpu_lanes.h"
+#include "lanes.h"
 #include BODY
 #undef NAME
 #undef WIDTH

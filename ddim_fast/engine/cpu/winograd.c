@@ -8,7 +8,7 @@
    reading weights is what takes the time. */
 
 #ifndef NAME
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 /* Input channels of a panel's filters that are transformed together: for few tiles few, so that what is read once or twice
    comes from the first-level cache; for many, so that the products' sums are loaded and stored seldom. */
@@ -60,8 +60,8 @@ static void place(struct block *block, float *data, int64_t index, int64_t block
     block->tap_stride = block->count * (conv->in_channels + APART) + APART;
 }
 
-#define BODY "cpu_winograd.c"
-#include "cpu_variants.h"
+#define BODY "winograd.c"
+#include "variants.h"
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_conv_size = sizeof(struct conv);
@@ -94,7 +94,7 @@ void ddim_fast_winograd(const struct conv *conv, const struct team *team) {
 
 #else
 
-#include "cpu_multiply.h"
+#include "multiply.h"
 
 /* B^T along one axis: the 4 pixels of a tile and one on each side. */
 INLINE void NAME(taps_of)(const floats d[6], floats t[6]) {

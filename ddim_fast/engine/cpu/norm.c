@@ -1,8 +1,8 @@
 /* GroupNorm + SiLU over NHWC float32: two reads of the input and one write of the output, where PyTorch's operators need a
-   pass an operation. `native.py` has the Python side, with shapes and checks; `cpu_norm.py` the same in PyTorch. */
+   pass an operation. `native.py` has the Python side, with shapes and checks; `norm.py` the same in PyTorch. */
 
 #ifndef NAME
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 /* Pixels that stay in the first-level cache between the two passes of their variance. */
 #define STRIP 16
@@ -20,8 +20,8 @@ struct norm {
     int32_t silu;
 };
 
-#define BODY "cpu_norm.c"
-#include "cpu_variants.h"
+#define BODY "norm.c"
+#include "variants.h"
 
 int ddim_fast_widest = 2;
 

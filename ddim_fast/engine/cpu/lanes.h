@@ -1,5 +1,5 @@
 /* A register of channels, from and to memory, or what is left of them. As wide as a variant's registers: of wider vectors
-   GCC makes scalars where it compares. No include guard: `cpu_variants.h` needs it once a variant. */
+   GCC makes scalars where it compares. No include guard: `variants.h` needs it once a variant. */
 
 typedef float NAME(floats) __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH)));

@@ -1,8 +1,8 @@
 /* Matrix product x W^T + bias + residual, with a panel of 32 columns of W^T for a group of rows as a part of the work.
-   `cpu_linear.py` has the Python side, with shapes and checks. */
+   `linear.py` has the Python side, with shapes and checks. */
 
 #ifndef NAME
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 struct product {
     const float *x, *filters, *bias, *residual; /* filters: (panels, in_channels, 32) */
@@ -10,8 +10,8 @@ struct product {
     int64_t rows, in_channels, out_channels, group; /* rows of a part of the work */
 };
 
-#define BODY "cpu_product.c"
-#include "cpu_variants.h"
+#define BODY "product.c"
+#include "variants.h"
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_product_size = sizeof(struct product);
@@ -23,7 +23,7 @@ void ddim_fast_product(const struct product *product, const struct team *team) {
 
 #else
 
-#include "cpu_multiply.h"
+#include "multiply.h"
 
 static void NAME(product)(const void *arguments, int64_t part, int64_t worker) {
     const struct product *p = arguments;

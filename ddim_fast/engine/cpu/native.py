@@ -1,7 +1,7 @@
-"""The C kernels of the CPU engine (`cpu_*.c`), if the installation could build them.
+"""The C kernels of the CPU engine (`*.c`), if the installation could build them.
 
 They are built when the package is installed, where there is a C compiler. Without them the same passes run as PyTorch
-operators (`winograd.py`, `cpu_norm.py`), within rounding of these.
+operators (`winograd.py`, `norm.py`), within rounding of these.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import log_once
+from ...once import log_once
 
 logger = logging.getLogger(__name__)
 
-MODULE = "ddim_fast.engine._cpu_kernels"
-# Raised, here and in `cpu_norm.c`, with every change of what the kernels expect or give.
+MODULE = "ddim_fast.engine.cpu._kernels"
+# Raised, here and in `norm.c`, with every change of what the kernels expect or give.
 REVISION = 2
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
@@ -33,7 +33,7 @@ MOST_BY_GROUPS = 1 << 20
 IMAGES_A_THREAD = 4
 # Output channels that are multiplied together.
 PANEL = 32
-# Output channels that are not: `cpu_direct.c` sums their products over the input channels.
+# Output channels that are not: `direct.c` sums their products over the input channels.
 FEW = 15
 # Rows of a product that a thread takes together.
 ROWS = 128
@@ -328,7 +328,7 @@ def group_norm(
     work: Tensor,
     out: Tensor,
 ) -> None:
-    """`cpu_norm.group_norm_silu` into `out` (B, H, W, C1 + C2), dense; `work` is scratch of `work_size` floats."""
+    """`norm.group_norm_silu` into `out` (B, H, W, C1 + C2), dense; `work` is scratch of `work_size` floats."""
     batch, height, width, channels = x.shape
     channels2 = 0 if x2 is None else x2.shape[-1]
     assert channels + channels2 == len(weight) and (x2 is None or x2.shape[:3] == x.shape[:3])

@@ -1,9 +1,9 @@
 /* Direct 3x3 convolution over NHWC float32 of any stride: for each of the 9 taps a product of a row's pixels by a panel of 32
-   output channels, or for few output channels dot products over the input channels. `cpu_conv.py` chooses; `native.py` has the
+   output channels, or for few output channels dot products over the input channels. `conv.py` chooses; `native.py` has the
    Python side, with shapes and checks. */
 
 #ifndef NAME
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 /* Output pixels of a row whose sums stay in the first-level cache over the 9 taps. */
 #define PIXELS 32
@@ -23,8 +23,8 @@ struct direct {
     float divisor;
 };
 
-#define BODY "cpu_direct.c"
-#include "cpu_variants.h"
+#define BODY "direct.c"
+#include "variants.h"
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_direct_size = sizeof(struct direct);
@@ -39,7 +39,7 @@ void ddim_fast_direct(const struct direct *direct, const struct team *team) {
 
 #else
 
-#include "cpu_multiply.h"
+#include "multiply.h"
 
 /* What follows the products. */
 INLINE floats NAME(finished)(const struct direct *d, floats value, int64_t image, int64_t place, int64_t c, int64_t count) {
