@@ -59,8 +59,8 @@ def load_ours(unet: Any) -> Forward:
     """The fused engine as a pipeline uses it, one step at a time: time table, forward and the last bias."""
     from ddim_fast import DDIMPipeline, DDIMScheduler
     from ddim_fast.engine import packed_unet
-    from ddim_fast.engine.convs import nchw
     from ddim_fast.engine.forward import fused_forward, time_table
+    from ddim_fast.engine.layout import nchw
 
     packed = packed_unet(DDIMPipeline(unet, DDIMScheduler()))
     assert packed is not None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cpu import conv as cpu_conv
+from .layout import nchw, nhwc, phase_weight
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,6 @@ def pack_upsample_conv(module: nn.Conv2d, exact: bool = False) -> UpsampleConv:
     return UpsampleConv(phase_weight(weight), bias, None, exact)
 
 
-def phase_weight(weight: Tensor) -> Tensor:
-    """Sum the taps of (Cout, Cin, 3, 3) that fall on one pixel of the small image: (4 * Cout, Cin, 2, 2)."""
-    taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
-    phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, weight.float())
-    return phases.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
 def padded_weight(weight: Tensor) -> Tensor:
     """A row of zeros above and a column to the left: (Cout, Cin, k, k) to (Cout, Cin, k + 1, k + 1).
 
@@ -106,17 +100,6 @@ def padded_weight(weight: Tensor) -> Tensor:
     padded copy of the image.
     """
     return F.pad(weight, (1, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
-
-
-def nchw(x: Tensor) -> Tensor:
-    """(B, H, W, C) seen as a channels-last (B, C, H, W), also where one channel makes the strides ambiguous."""
-    batch, height, width, channels = x.shape
-    return x.as_strided((batch, channels, height, width), (x.stride(0), 1, width * channels, channels))
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """(B, C, H, W) as a dense (B, H, W, C); a copy only if the convolution did not answer in channels last."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def bare(x: Tensor, conv: Conv, bias: Tensor | None = None) -> Tensor:

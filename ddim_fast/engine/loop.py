@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..noise import draw_seeds, randn_tensor
-from .convs import nchw
 from .cpu.winograd import workspace
 from .forward import fused_forward, time_table
+from .layout import nchw
 from .pack import PackedUNet
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddim_fast import UNet2DModel
-from ddim_fast.engine.convs import bare, pack_conv, pack_upsample_conv, phase_weight, upsample_conv
+from ddim_fast.engine.convs import bare, pack_conv, pack_upsample_conv, upsample_conv
 from ddim_fast.engine.forward import fused_forward, time_table
+from ddim_fast.engine.layout import phase_weight
 from ddim_fast.engine.pack import pack, unsupported
 from ddim_fast.kernels import launch
 

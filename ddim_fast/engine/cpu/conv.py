@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layout import nchw, nhwc, phase_weight
 from . import native
 from .winograd import (
     WinogradWeight,
@@ -219,15 +220,9 @@ def _filters(packed: PackedConv) -> Tensor:
     return form
 
 
-def _planes(x: Tensor) -> Tensor:
-    """(B, H, W, C) seen as a channels-last (B, C, H, W), also where sizes of 1 make the strides ambiguous."""
-    batch, height, width, channels = x.shape
-    return x.as_strided((batch, channels, height, width), (x.stride(0), 1, width * channels, channels))
-
-
 def _onednn(x: Tensor, packed: PackedConv, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Direct conv of x (B, H, W, Cin) as (B, H', W', Cout); `weight`: what to pack, if not yet."""
-    planes, padding, stride = _planes(x), [1, 1], [packed.stride, packed.stride]
+    planes, padding, stride = nchw(x), [1, 1], [packed.stride, packed.stride]
     if packed.right_bottom:
         planes, padding = F.pad(planes, (0, 1, 0, 1)), [0, 0]
     form = packed.forms.get(name)
@@ -245,7 +240,7 @@ def _onednn(x: Tensor, packed: PackedConv, name: str, weight: Tensor | None, bia
         )
     else:
         result = F.conv2d(planes, form.to(x.dtype), bias, stride, padding)
-    return result.permute(0, 2, 3, 1).contiguous()
+    return nhwc(result)
 
 
 def _direct(x: Tensor, packed: PackedConv, bias: Tensor | None) -> Tensor:
@@ -258,11 +253,7 @@ def _direct_upsample(x: Tensor, packed: PackedConv, bias: Tensor | None) -> Tens
     name = f"direct {x.dtype}"
     out_channels = packed.weight.shape[0]
     batch, height, width, _ = x.shape
-    weight = None
-    if name not in packed.forms:
-        taps = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], **native.PLAIN)
-        phases = torch.einsum("aut,bvs,oits->aboiuv", taps, taps, packed.weight.float())
-        weight = phases.flatten(0, 2).to(packed.weight.dtype)
+    weight = None if name in packed.forms else phase_weight(packed.weight)
     stacked = _onednn(x, packed, name, weight, None if bias is None else bias.repeat(4))
     stacked = stacked.view(batch, height + 1, width + 1, 2, 2, out_channels)
     result = x.new_empty(batch, height, 2, width, 2, out_channels)
