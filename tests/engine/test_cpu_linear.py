@@ -51,6 +51,12 @@ def test_a_product_is_added_in_place(dense):
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_a_bias_with_gaps_is_read_as_it_is():
+    x, weight, bias = torch.randn(7, 20), torch.randn(40, 20), torch.randn(80)[::2]
+    actual = linear(x, PackedLinear((weight,)), bias)
+    torch.testing.assert_close(actual, x @ weight.T + bias, rtol=1e-5, atol=1e-4)
+
+
 def test_a_packed_matrix_serves_any_number_of_rows():
     weight = PackedLinear((torch.randn(10, 20), torch.randn(14, 20)))
     for rows in (3, 500, 1, 70):

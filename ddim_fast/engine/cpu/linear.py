@@ -60,6 +60,8 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual
     Returns:
         (..., Cout), dense.
     """
+    # Neither the C kernel nor oneDNN asks for a bias's stride.
+    bias = None if bias is None else bias.contiguous()
     if native.usable(x, bias, residual):
         out = workspace.fresh(*x.shape[:-1], weight.out_channels)
         return _product(x, weight, out, bias, residual)
