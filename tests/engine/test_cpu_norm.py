@@ -55,6 +55,15 @@ def test_it_is_group_norm_of_the_concatenation(batch, height, width, groups, sec
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["scale", "shift"])
+def test_scale_and_shift_each_stand_alone(name):
+    h, weight, bias, vector = torch.randn(2, 3, 5, 12), torch.randn(12), torch.randn(12), torch.randn(2, 12)
+    other = {"scale": torch.zeros(2, 12), "shift": torch.zeros(2, 12), name: vector}
+    expected = reference(h, weight, bias, 3, 1e-5, **other)
+    actual = group_norm_silu(h, weight, bias, 3, 1e-5, **{name: vector})
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_large_mean_does_not_cancel():
     h = torch.randn(2, 40, 40, 32) + 1000
 

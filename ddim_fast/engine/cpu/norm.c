@@ -35,7 +35,8 @@ const int64_t ddim_fast_revision = 2;
 const int64_t ddim_fast_norm_size = sizeof(struct norm);
 
 /* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means
-   and sums of squared deviations of the parts, then what the last pass multiplies with. */
+   and sums of squared deviations of the parts, then what the last pass multiplies with and adds; and behind them (images,
+   channels): what it takes off. */
 void ddim_fast_group_norm(const struct norm *norm, const struct team *team) {
     if (norm->spans) {
         share(team, PICK(norm_span), norm, norm->spans * norm->images);

@@ -76,7 +76,8 @@ def group_norm_silu(
     else:
         centred = x
     y = F.group_norm(centred.permute(0, 3, 1, 2), num_groups, weight, bias, eps).permute(0, 2, 3, 1)
-    if scale is not None and shift is not None:
-        vectors = [v if v.ndim == 1 else v[:, None, None] for v in (scale, shift)]
-        y.mul_(1 + vectors[0]).add_(vectors[1])
+    if scale is not None:
+        y.mul_(1 + (scale if scale.ndim == 1 else scale[:, None, None]))
+    if shift is not None:
+        y.add_(shift if shift.ndim == 1 else shift[:, None, None])
     return F.silu(y, inplace=True) if silu else y
