@@ -31,9 +31,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["ddim_fast", "ddim_fast.*"]), "ddim_fast.kernels"],
-    # A top-level module called `kernels` would hide the Hugging Face package of that name.
-    package_dir={"ddim_fast.kernels": "kernels"},
+    # `ddim_fast/kernels` is a link to `kernels/`: an ordinary package for setuptools and type checkers. The explicit
+    # root makes an editable install a path in site-packages, which they can follow, instead of an import hook.
+    packages=find_packages(include=["ddim_fast", "ddim_fast.*"]),
+    package_dir={"": "."},
     package_data={"ddim_fast": ["py.typed", "bundled/*/*", "bundled/*/*/*"]},
     ext_modules=[cpu_kernels],
     install_requires=[
