@@ -44,6 +44,7 @@ setup(
         "pillow",
         "safetensors",
         "huggingface_hub",
+        "filelock",
         "fsspec",
         "tqdm",
         "click",

@@ -21,9 +21,13 @@ from .batch_size import choose_batch_size
 from .errors import BadImages, JobError, explain
 from .job import Job, fingerprint, read_job
 from .plan import engine_of, load_pipeline
-from .report import Progress, Report, add_times
+from .progress import Progress
+from .protocols import Pipeline
+from .records import read_record, read_records
+from .report import Report, add_times
 from .sampling import Sampler
-from .store import Store, open_store, read_record, read_records
+from .settings import JobSettings
+from .store import Store, open_store
 from .writing import Writer
 
 logger = logging.getLogger(__name__)
@@ -66,40 +70,32 @@ class Cluster:
     """How a job uses the Ray cluster that this process is connected to.
 
     Each of up to `workers` actors (default: as many as the cluster has room for) holds one model, on `gpus_per_worker`
-    GPUs (a fraction is allowed; default: one where the cluster has any and `device` is not the CPU).
+    GPUs (default: one where the cluster has any and `device` is not the CPU).
     """
 
-    def __init__(
-        self,
-        address: str,
-        source: Any,
-        device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
-        engine: str | None,
-        workers: int | None,
-        gpus_per_worker: float | None,
-    ):
+    def __init__(self, settings: JobSettings):
         import ray
 
+        workers, gpus_per_worker = settings.workers, settings.gpus_per_worker
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0.0)
         if gpus_per_worker is None:
-            gpus_per_worker = 1.0 if gpus and device is None else 0.0
+            gpus_per_worker = 1.0 if gpus and settings.device is None else 0.0
         if gpus_per_worker > gpus:
-            if address == "local":
+            if settings.ray == "local":
                 raise ValueError(f"gpus_per_worker is {gpus_per_worker:g}, but this machine has {gpus:g} GPUs for Ray")
             logger.warning("waiting for workers with %g GPUs: the cluster has %g now", gpus_per_worker, gpus)
         self.gpus, self.workers = gpus_per_worker, workers
         room = gpus / gpus_per_worker if gpus_per_worker else resources.get("CPU", 1.0)
         self.room = max(1, min(workers or max(1, int(room)), int(resources.get("CPU", 1.0))))
-        self.source, self.how = source, (dtype, engine)
+        self.source, self.how = settings.pipe, (settings.dtype, settings.engine)
 
-    def load(self) -> Any:
+    def load(self) -> Pipeline:
         """The pipeline for this process, which only plans: on the CPU, for the GPUs are the workers'."""
         here = "cpu" if isinstance(self.source, str | os.PathLike) else None
         return load_pipeline(self.source, here, *self.how)
 
-    def choose_batch_size(self, pipe: Any, num_images: int, labels: list[int] | None) -> int:
+    def choose_batch_size(self, pipe: Pipeline, num_images: int, labels: list[int] | None) -> int:
         """The batch size that fits a worker, found on one where workers have GPUs."""
         if not self.gpus:
             return choose_batch_size(pipe, num_images, labels)
@@ -111,7 +107,7 @@ class Cluster:
         return size
 
     def run(
-        self, pipe: Any, job: Job, store: Store, todo: Sequence[int], on_bad: str, report: Report, bar: Progress
+        self, pipe: Pipeline, job: Job, store: Store, todo: Sequence[int], on_bad: str, report: Report, bar: Progress
     ) -> None:
         """Make the chunks `todo`. One whose worker dies is made again by another; one that is finished stays."""
         import ray.data

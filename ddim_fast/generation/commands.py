@@ -51,10 +51,11 @@ class Terminated(BaseException):
     "--seeds", default="0-63", show_default=True, help="One image a seed: numbers and ranges, as 0-63,70,80."
 )
 @click.option("--out", required=True, help="Folder, or any fsspec path such as s3://bucket/run.")
-@click.option("--steps", default=50, show_default=True, help="Denoising steps.")
+@click.option("--steps", "num_inference_steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="Noise of the steps: 0 is DDIM, 1 is DDPM.")
 @click.option(
     "--batch",
+    "batch_size",
     default="auto",
     show_default=True,
     help="Images in a forward. auto: what fits, or what the job in OUT has.",
@@ -65,7 +66,6 @@ class Terminated(BaseException):
 @click.option("--labels", help="File with a class a seed: .npy, or text with one a line.")
 @click.option(
     "--format",
-    "format_",
     type=click.Choice(list(FORMATS)),
     default="png",
     show_default=True,
@@ -95,42 +95,17 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from .errors import JobError
 
+    log_json = options.pop("log_json")
     try:
-        labels = _labels(options["label"], options["labels"])
-        batch = options["batch"] if options["batch"] == "auto" else _integer("--batch", options["batch"])
-        if options["no_grid"] and options["grid"]:
-            raise ValueError("--grid and --no-grid exclude each other")
+        asked = _asked(options)
         from .run import generate as run
-        from .seeds import as_seeds, find_shard
+        from .settings import JobSettings, shard_of
 
-        if options["shard"] is None and options["ray"] is None and not options["log_json"]:
-            index, count, source = find_shard()
-            if source:
-                click.echo(f"shard {index}/{count}, from {source}", err=True)
+        source = shard_of(JobSettings(model, **asked))
+        if source[2] and not log_json:
+            click.echo("shard {}/{}, from {}".format(*source), err=True)
         with _stopping_on_sigterm():
-            report = run(
-                model,
-                as_seeds(options["seeds"]),
-                options["out"],
-                num_inference_steps=options["steps"],
-                eta=options["eta"],
-                class_labels=labels,
-                batch_size=batch,
-                chunk_size=options["chunk_size"],
-                format=options["format_"],
-                subdirs=options["subdirs"],
-                device=None if options["device"] == "auto" else options["device"],
-                dtype=options["dtype"],
-                engine=options["engine"],
-                on_bad=options["on_bad"],
-                overwrite=options["overwrite"],
-                shard=options["shard"],
-                grid=False if options["no_grid"] else options["grid"],
-                ray=options["ray"],
-                workers=options["workers"],
-                gpus_per_worker=options["gpus_per_worker"],
-                log=sys.stdout if options["log_json"] else None,
-            )
+            report = run(model, log=sys.stdout if log_json else None, **asked)
     except (ValueError, TypeError) as error:
         _fail(ctx, 2, str(error))
     except JobError as error:
@@ -139,7 +114,7 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
         _fail(ctx, 130, "stopped; run the same command again to go on where it stopped")
     except Terminated:
         _fail(ctx, 143, "terminated; run the same command again to go on where it stopped")
-    if not options["log_json"]:
+    if not log_json:
         click.echo(report)
 
 
@@ -164,6 +139,21 @@ def verify_command(ctx: click.Context, out: str, repair: bool, hashes: Any) -> N
         dropped = f"{len(result.damaged)} damaged chunks" if result.damaged else ", ".join(result.files)
         click.echo(f"dropped {dropped}; run the same `ddim-fast generate` command again")
     ctx.exit(0 if result.ok else 1)
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a job that the command's options mean."""
+    asked = dict(options)
+    if asked.pop("no_grid"):
+        if asked["grid"]:
+            raise ValueError("--grid and --no-grid exclude each other")
+        asked["grid"] = False
+    asked["class_labels"] = _labels(asked.pop("label"), asked.pop("labels"))
+    if asked["batch_size"] != "auto":
+        asked["batch_size"] = _integer("--batch", asked["batch_size"])
+    if asked["device"] == "auto":
+        asked["device"] = None
+    return asked
 
 
 def _labels(label: str | None, file: str | None) -> Any:

@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import formats
 from .labels import Labels
+from .protocols import Network, Scheduler
 from .seeds import Seeds, parse_seeds
 from .store import Store
 
@@ -58,7 +58,7 @@ class Job:
         return -(-len(self.seeds) // self.chunk_size)
 
     @property
-    def format(self) -> ModuleType:
+    def format(self) -> formats.Format:
         return formats.load(self.settings["format"])
 
     @functools.cached_property
@@ -92,7 +92,7 @@ class Job:
         return (chunk for chunk in range(self.num_chunks) if chunk not in finished)
 
 
-def fingerprint(unet: Any, scheduler: Any) -> str:
+def fingerprint(unet: Network, scheduler: Scheduler) -> str:
     """SHA-256 of a model's weights (names, dtypes, shapes, bytes) and of its own and its scheduler's config."""
     digest = hashlib.sha256()
     for config in (unet.config, scheduler.config):
@@ -101,7 +101,7 @@ def fingerprint(unet: Any, scheduler: Any) -> str:
     for name, tensor in sorted(unet.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).cpu().numpy().data if flat.numel() else b"")
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -1,21 +1,26 @@
-"""Locks on a job's folder, held with `flock`: the kernel drops them when their owner dies, however it dies.
+"""Locks on a job's folder, held by `flock`: the kernel drops them when their owner dies, however it dies.
 
-On a file system without locks (Lustre mounted without `flock`) a job runs unlocked, and says so.
+Where there is no `fcntl` (Windows) `filelock` takes its place. On a file system without locks (Lustre mounted without
+`flock`) a job runs unlocked, and says so.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from ..once import log_once
 from .errors import JobError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +28,35 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
-def locked(path: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold `path` locked. Raises `JobError` if another process holds it and `wait` is False."""
-    mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+def locked(path: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `path` locked. Raises `JobError` if another run holds it and `wait` is False."""
+    with (_locked_by_library if fcntl is None else _locked_by_kernel)(path, wait):
+        yield
+
+
+@contextmanager
+def job_lock(folder: str, index: int, count: int) -> Iterator[None]:
+    """Hold shard `index` of `count` of the job whose locks lie in `folder`.
+
+    A whole job (`count` 1) excludes every other run; shards exclude a second run of the same shard, a whole run, and
+    runs that divide the job by another count.
+    """
+    whole = os.path.join(folder, "job.lock")
+    with ExitStack() as held:
+        # One at a time looks whom it would disturb: two that look at each other would refuse each other.
+        with locked(os.path.join(folder, "start.lock"), wait=True):
+            shards = glob.glob(os.path.join(glob.escape(folder), "shard-*-of-*.lock"))
+            others = [path for path in shards if not path.endswith(f"-of-{count}.lock")]
+            for other in shards if count == 1 else [whole, *others]:
+                with locked(other):
+                    pass
+            held.enter_context(locked(whole if count == 1 else os.path.join(folder, f"shard-{index}-of-{count}.lock")))
+        yield
+
+
+@contextmanager
+def _locked_by_kernel(path: str, wait: bool) -> Iterator[None]:
+    mode = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -38,9 +69,7 @@ def locked(path: str, *, shared: bool = False, wait: bool = False) -> Iterator[N
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
-            raise JobError(
-                f"another run{f' ({owner})' if owner else ''} is at work on this job; wait for it or stop it first"
-            ) from None
+            raise _at_work(owner) from None
         except OSError as error:
             if error.errno in NO_LOCKS:
                 log_once(logger, logging.WARNING, f"{path}: no locks here ({error.strerror}); start no second run")
@@ -49,33 +78,28 @@ def locked(path: str, *, shared: bool = False, wait: bool = False) -> Iterator[N
             raise
         os.close(handle)
     try:
-        if not shared:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        try:
-            # Only its last holder may remove the file: others would go on locking a file that has no name.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # While it is locked: whoever locks a file without a name afterwards sees that, and tries again.
+        with suppress(OSError):
             os.unlink(path)
-        except OSError:
-            pass
         os.close(handle)
 
 
 @contextmanager
-def job_lock(folder: str, index: int, count: int) -> Iterator[None]:
-    """Hold shard `index` of `count` of the job whose locks lie in `folder`.
+def _locked_by_library(path: str, wait: bool) -> Iterator[None]:
+    from filelock import FileLock, Timeout
 
-    A whole job (`count` 1) excludes every other run; shards exclude a second run of the same shard, a whole run, and
-    runs that divide the job by another count.
-    """
-    with ExitStack() as held:
-        held.enter_context(locked(os.path.join(folder, "job.lock"), shared=count > 1))
-        if count > 1:
-            held.enter_context(locked(os.path.join(folder, f"shard-{index}-of-{count}.lock")))
-            for other in glob.glob(os.path.join(glob.escape(folder), "shard-*-of-*.lock")):
-                if not other.endswith(f"-of-{count}.lock"):
-                    with locked(other):
-                        pass
-        yield
+    try:
+        with FileLock(path, timeout=-1 if wait else 0):
+            yield
+    except Timeout:
+        raise _at_work("") from None
+
+
+def _at_work(owner: str) -> JobError:
+    return JobError(
+        f"another run{f' ({owner})' if owner else ''} is at work on this job; wait for it or stop it first"
+    )

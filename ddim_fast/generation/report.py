@@ -1,15 +1,10 @@
-"""What a job tells: progress while it runs, and a report at its end."""
+"""What a job tells at its end."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import Any
 
 
 @dataclass
@@ -63,39 +58,6 @@ class Report:
         if not self.complete and self.done == self.shard_total:
             lines.append("other shards are still to be done; whichever ends last completes the job")
         return "\n".join(lines)
-
-
-class Progress:
-    """Images sampled, images a second and time left: a bar on stderr, or JSON lines on `log`."""
-
-    def __init__(self, total: int, done: int, show: bool, log: TextIO | None):
-        self.log, self.total, self.done, self.before = log, total, done, done
-        self.start = self.last = time.monotonic()
-        self.bar = None
-        if show and not log:
-            self.bar = tqdm(total=total, initial=done, unit="img", smoothing=0.05, dynamic_ncols=True, file=sys.stderr)
-
-    def event(self, name: str, **values: Any) -> None:
-        """Write one JSON line, if this job logs for machines."""
-        if self.log:
-            self.log.write(json.dumps({"event": name, **values}) + "\n")
-            self.log.flush()
-
-    def add(self, images: int) -> None:
-        """Count `images` more."""
-        self.done += images
-        if self.bar is not None:
-            self.bar.update(images)
-        now = time.monotonic()
-        if self.log and (now - self.last >= 1 or self.done == self.total):
-            self.last = now
-            rate = (self.done - self.before) / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate if rate else None
-            self.event("progress", done=self.done, total=self.total, images_per_second=rate, seconds_left=left)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def add_times(*parts: Mapping[str, float]) -> dict[str, float]:

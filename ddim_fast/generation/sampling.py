@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .job import Chunk, Job
+from .protocols import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class _Batch:
 class Sampler:
     """Runs a pipeline over chunks. `seconds` adds up what sampling and copying took."""
 
-    def __init__(self, pipe: Any, job: Job):
+    def __init__(self, pipe: Pipeline, job: Job):
         self.pipe, self.job = pipe, job
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.parts = 1
@@ -60,7 +61,7 @@ class Sampler:
         self.turn = 0
 
     @same_algorithms()
-    def run(self, chunks: Any, emit: Emit) -> None:
+    def run(self, chunks: Iterable[Chunk], emit: Emit) -> None:
         """Sample `chunks` and hand `emit(chunk, offset, images, bad)` each batch without its padding.
 
         `images` is a uint8 array (n, H, W, C) that the caller may keep, `bad` a bool array (n,). On CUDA a batch is
@@ -169,21 +170,18 @@ class Sampler:
 
 
 def sample_uint8(
-    pipe: Any, job: Job, seeds: Sequence[int], labels: Sequence[int] | None
+    pipe: Pipeline, job: Job, seeds: Sequence[int], labels: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call of the pipeline with a job's settings: uint8 (B, H, W, C) and a bool (B,), True for a bad image."""
     settings = job.settings
-    arguments = {} if labels is None else {"class_labels": list(labels)}
-    if settings["timesteps"] is not None:
-        arguments["timesteps"] = settings["timesteps"]
-    pixels, bad = pipe.sample_uint8(
+    return pipe.sample_uint8(
         batch_size=len(seeds),
         seeds=list(seeds),
         eta=settings["eta"],
         num_inference_steps=settings["num_inference_steps"],
-        **arguments,
+        class_labels=None if labels is None else list(labels),
+        timesteps=settings["timesteps"],
     )
-    return pixels, bad
 
 
 def is_out_of_memory(error: BaseException) -> bool:

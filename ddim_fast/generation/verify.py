@@ -12,7 +12,8 @@ from tqdm import tqdm
 from .ahead import ahead
 from .errors import JobError
 from .job import Job, chunk_digest, read_job
-from .store import Store, drop_records, file_digest, finish_record, open_store, read_records, write_finish_record
+from .records import drop_records, finish_record, read_records, write_finish_record
+from .store import Store, file_digest, open_store
 
 THREADS = 4
 
@@ -72,7 +73,7 @@ def verify(
             result.problems.append(problem)
         else:
             result.images += found
-    for name, problem in _check_whole(job, store):
+    for name, problem in _check_whole(store):
         result.files.append(name)
         result.problems.append(f"{name} {problem}")
     if not missing and not finish_record(store).get("complete"):
@@ -82,6 +83,7 @@ def verify(
         _write_hashes(job, store, hashes)
     if repair and (result.damaged or result.files):
         with store.held(0, 1):
+            store.prepare()
             write_finish_record(store, finish_record(store).get("files", {}), complete=False)
             drop_records(store, finished, result.damaged)
             store.close(finished=True)
@@ -105,18 +107,16 @@ def _check_chunk(job: Job, store: Store, index: int, finished: dict[int, Any]) -
     return images, None
 
 
-def _check_whole(job: Job, store: Store) -> Iterator[tuple[str, str]]:
+def _check_whole(store: Store) -> Iterator[tuple[str, str]]:
     """Name and problem of each damaged file of the whole job."""
     for name, digest in finish_record(store).get("files", {}).items():
         try:
-            if digest and file_digest(store, name) != digest:
+            if file_digest(store, name) != digest:
                 yield name, "does not hold the bytes that were written"
-            elif not digest:
-                job.format.check_whole(store, name)
         except FileNotFoundError:
             yield name, "is missing"
-        except (OSError, ValueError) as error:
-            yield name, f"is damaged: {error}"
+        except OSError as error:
+            yield name, f"cannot be read: {error}"
 
 
 def _all_files(job: Job, store: Store) -> Iterator[str]:
@@ -135,11 +135,10 @@ def _strays(job: Job, store: Store) -> list[str]:
     for name in _all_files(job, store):
         folder, _, file = name.rpartition("/")
         names.setdefault(folder, set()).add(file)
-    suffix = {"png": ".png", "npz": ".npz", "webdataset": ".tar", "parquet": ".parquet"}[job.settings["format"]]
     found = []
     for folder, known in names.items():
         if not folder.startswith("."):
-            present = [name for name in store.names(folder) if name.endswith(suffix) and name not in known]
+            present = [name for name in store.names(folder) if name.endswith(job.format.SUFFIX) and name not in known]
             found += [f"{folder}/{name}" if folder else name for name in sorted(present)]
     return found
 

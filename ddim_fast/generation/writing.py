@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -16,7 +15,8 @@ import numpy as np
 
 from .errors import bad_images
 from .job import Chunk, Job, chunk_digest
-from .store import Store, record_name
+from .records import record_name, record_text
+from .store import Store
 
 # Chunks that may wait in memory: one being sampled, one being encoded, one being written.
 CHUNKS_IN_MEMORY = 3
@@ -148,5 +148,5 @@ def publish_chunk(job: Job, store: Store, chunk: Chunk, encoded: list[bytes | No
     data: list[bytes] = [encoded[at] or b"" for at in kept]
     files = job.format.pack(job, chunk.index, seeds, labels, data)
     record = {"images": len(kept), "sha256": chunk_digest([content for _, content in files]), "bad": sorted(bad)}
-    store.publish(files, (record_name(chunk.index), (json.dumps(record) + "\n").encode()))
+    store.publish(files, (record_name(chunk.index), record_text(record)))
     return record

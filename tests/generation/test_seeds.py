@@ -8,7 +8,8 @@ from fake_jobs import FakePipeline, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddim_fast.generation.seeds import Seeds, as_seeds, find_shard, parse_seeds, parse_shard
+from ddim_fast.generation.seeds import Seeds, as_seeds, parse_seeds
+from ddim_fast.generation.shards import find_shard, parse_shard
 
 
 @pytest.mark.parametrize(

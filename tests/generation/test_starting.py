@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -122,3 +123,81 @@ def test_a_file_system_without_locks_will_do_and_is_told(tmp_path, monkeypatch, 
 def test_a_contact_sheet_may_lie_in_any_folder_that_is_there(tmp_path):
     make(tmp_path / "out", "0-99", grid=str(tmp_path / "sheet.png"), format="npz")
     assert Image.open(tmp_path / "sheet.png").size == (82, 82)
+
+
+def test_a_run_that_is_refused_leaves_the_folder_of_one_at_work_as_it_is(tmp_path):
+    class Disturbed(FakePipeline):
+        def sample_uint8(self, **arguments):
+            if not self.calls:
+                before = sorted(os.walk(tmp_path))
+                with pytest.raises(JobError, match="another run"):
+                    make(tmp_path)
+                assert sorted(os.walk(tmp_path)) == before
+            return super().sample_uint8(**arguments)
+
+    assert make(tmp_path, pipe=Disturbed()).complete
+
+
+def test_a_run_that_is_refused_while_the_first_loads_its_model_disturbs_nothing(tmp_path, monkeypatch):
+    def load(name, *how):
+        if name == "first":
+            with pytest.raises(JobError, match="another run"):
+                make(tmp_path / "out", pipe="second")
+        return FakePipeline()
+
+    monkeypatch.setattr("ddim_fast.generation.run.load_pipeline", load)
+    assert make(tmp_path / "out", pipe="first").complete
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_run_with_other_settings_leaves_nothing_in_a_finished_folder(tmp_path):
+    make(tmp_path)
+    before = sorted(os.walk(tmp_path))
+    with pytest.raises(ValueError, match="other settings"):
+        make(tmp_path, eta=1.0)
+    assert sorted(os.walk(tmp_path)) == before
+
+
+@pytest.mark.parametrize("shards", [["0/1"] * 4, ["0/1", "0/2", "1/2", "0/3"]])
+def test_starts_at_one_moment_leave_one_at_work(tmp_path, shards):
+    """Whoever is refused is refused by one that works: never do two refuse each other."""
+    started, working, release = threading.Barrier(len(shards)), threading.Semaphore(0), threading.Event()
+    refused = []
+
+    class Waiting(FakePipeline):
+        def sample_uint8(self, **arguments):
+            working.release()
+            assert release.wait(60)
+            return super().sample_uint8(**arguments)
+
+    def start(shard):
+        started.wait(60)
+        try:
+            make(tmp_path, "0-99", pipe=Waiting(), shard=shard)
+        except JobError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=start, args=(shard,)) for shard in shards]
+    for thread in threads:
+        thread.start()
+    assert working.acquire(timeout=60)
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert all("another run" in reason for reason in refused)
+
+
+def test_jobs_lock_where_the_system_has_no_flock(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddim_fast.generation.lock.fcntl", None)
+
+    class Disturbed(FakePipeline):
+        def sample_uint8(self, **arguments):
+            if not self.calls:
+                for shard in ("0/1", "1/2"):
+                    with pytest.raises(JobError, match="another run"):
+                        make(tmp_path, shard=shard)
+            return super().sample_uint8(**arguments)
+
+    assert make(tmp_path, pipe=Disturbed()).complete
+    make(tmp_path / "shards", shard="0/2")
+    assert make(tmp_path / "shards", shard="1/2").complete

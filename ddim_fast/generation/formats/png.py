@@ -1,16 +1,4 @@
-"""One PNG an image, named by its seed; and what all formats' modules have in common, described here.
-
-- `files(job, seeds, index)`: names of the files of chunk `index`, whose images are those of `seeds`.
-- `encode(job, image, seed, label)`: bytes of one image, uint8 (H, W, C). Called from threads.
-- `pack(job, index, seeds, labels, encoded)`: the chunk's files as `(name, bytes)`.
-- `contents(job, store, seeds, index, finished)`: the bytes of the chunk's files as they lie in the store.
-- `decode(job, seeds, contents)`: yields each image again. Raises `ValueError` or `OSError` for a damaged one.
-- `WHOLE`: names of the files that belong to the whole job.
-- `finish(job, store, finished)`: write those files; the SHA-256 of each, empty where `check_whole(store, name)`, which
-  raises `ValueError` for a damaged file, takes its place.
-
-`finished` maps each finished chunk to its record, whose `"bad"` lists the seeds without an image.
-"""
+"""One PNG an image, named by its seed."""
 
 from __future__ import annotations
 
@@ -31,7 +19,11 @@ if TYPE_CHECKING:
 
 # Level 1 on rows filtered by "up": twice Pillow's speed at the same size on 32×32 images (bench_generation.py).
 COMPRESSION = 1
+SUFFIX = ".png"
 WHOLE = ["metadata.jsonl"]
+MOST_CHANNELS: int | None = 4
+CHUNK_PIXELS: int | None = 2**20
+SUBDIRS = True
 COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 
 

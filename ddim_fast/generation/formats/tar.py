@@ -11,15 +11,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import webdataset
 
-from .png import encode, read_png
+from .png import MOST_CHANNELS, encode, read_png
 
 if TYPE_CHECKING:
     from ..job import Job
     from ..store import Store
 
-__all__ = ["WHOLE", "contents", "decode", "encode", "files", "finish", "pack"]
+__all__ = [
+    "CHUNK_PIXELS",
+    "MOST_CHANNELS",
+    "SUBDIRS",
+    "SUFFIX",
+    "WHOLE",
+    "contents",
+    "decode",
+    "encode",
+    "files",
+    "finish",
+    "pack",
+]
 
+SUFFIX = ".tar"
 WHOLE: list[str] = []
+CHUNK_PIXELS: int | None = None
+SUBDIRS = False
 
 
 def files(job: Job, seeds: Sequence[int], index: int) -> list[str]:

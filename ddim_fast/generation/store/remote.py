@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import IO
 
 import fsspec
 
-from .store import Files, temporary_file
+from .base import Files
 
 
 class RemoteStore:
@@ -38,7 +39,7 @@ class RemoteStore:
             raise ValueError(f"cannot write to {self.out}: {error}") from error
         yield
 
-    def alone(self) -> AbstractContextManager[None]:
+    def hold_whole_job(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare(self) -> None:
@@ -56,8 +57,9 @@ class RemoteStore:
                 raise content
         return [content if isinstance(content := found.get(path), bytes) else None for path in paths]
 
-    def open(self, name: str) -> Any:
-        return self.fs.open(self.path(name), "rb")
+    def open(self, name: str) -> IO[bytes]:
+        file: IO[bytes] = self.fs.open(self.path(name), "rb")
+        return file
 
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(self.path(name)))
@@ -87,7 +89,8 @@ class RemoteStore:
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
-        local = temporary_file()
+        handle, local = tempfile.mkstemp(prefix="ddim-fast-")
+        os.close(handle)
         try:
             yield local
             self._make_parents([name])

@@ -1,0 +1,70 @@
+"""The contact sheet of a job's first images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import JobError
+from .formats.png import write_png
+from .job import Job
+from .records import finish_record, write_finish_record
+from .store import Store, open_store
+
+DEFAULT_GRID = "grid.png"
+GRID_IMAGES = 64
+
+
+def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -> None:
+    """Write a contact sheet of the first images: into the job's folder for a bare name, else where `grid` says."""
+    try:
+        sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
+    except (FileNotFoundError, ValueError) as error:
+        raise JobError(
+            f"images are missing or damaged ({error}); run `ddim-fast verify --repair {store.out}`, then this again"
+        ) from error
+    if sheet is None:
+        return
+    data = write_png(sheet, {})
+    if "/" not in grid and os.sep not in grid:
+        # The record first: cut off between the two, the next run sees that the file is not there.
+        files = finish_record(store).get("files", {})
+        write_finish_record(store, {**files, grid: hashlib.sha256(data).hexdigest()}, complete=True)
+        store.write(grid, data)
+    elif "://" in grid:
+        folder, name = grid.rsplit("/", 1)
+        open_store(folder).write(name, data)
+    else:
+        path = Path(grid)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_bytes(data)
+        draft.replace(path)
+
+
+def read_images(job: Job, store: Store, finished: Mapping[int, Any]) -> Iterator[np.ndarray]:
+    """Every image of a job in the order of its seeds."""
+    for index in range(job.num_chunks):
+        bad = set(finished[index]["bad"])
+        seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
+        yield from job.format.decode(job, seeds, job.format.contents(job, store, seeds, index, finished))
+
+
+def contact_sheet(images: list[np.ndarray]) -> np.ndarray | None:
+    """`images`, uint8 (H, W, C), side by side in a square with a margin of 2 pixels; None of none."""
+    if not images:
+        return None
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width, channels = images[0].shape
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 255, np.uint8)
+    for at, image in enumerate(images):
+        top, left = (at // columns) * (height + 2) + 2, (at % columns) * (width + 2) + 2
+        sheet[top : top + height, left : left + width] = image
+    return sheet

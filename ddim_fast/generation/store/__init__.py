@@ -1,0 +1,22 @@
+"""Where a job's files lie: a local folder, where a chunk's files appear whole, or any fsspec path."""
+
+from __future__ import annotations
+
+import os
+
+from .base import HIDDEN, Files, Store, digest_of, file_digest
+from .local import LocalStore
+
+__all__ = ["HIDDEN", "Files", "LocalStore", "Store", "digest_of", "file_digest", "open_store"]
+
+
+def open_store(out: str | os.PathLike[str], tag: str = "all") -> Store:
+    """The store at `out`; runs that work at the same time need different `tag`s."""
+    out = os.fspath(out)
+    if "://" in out:
+        if not out.startswith(("file://", "local://")):
+            from .remote import RemoteStore
+
+            return RemoteStore(out)
+        out = out.split("://", 1)[1]
+    return LocalStore(out, tag)
