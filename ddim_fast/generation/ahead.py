@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map(work, items)` by `threads` threads that run at most two items a thread ahead of the reader."""
+    """`map(work, items)` by `threads` threads that run at most two items per thread ahead of the reader."""
     rest = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(rest, 2 * threads))

@@ -22,11 +22,11 @@ Examples:
   # an FID set: 50,000 images in the file guided-diffusion's evaluator reads
   ddim-fast generate google/ddpm-cifar10-32 --seeds 0-49999 --format npz --out fid
 \b
-  # class 3 alone; every class equally often
+  # only class 3; every class equally often
   ddim-fast generate MODEL --seeds 0-999 --class 3 --out threes
   ddim-fast generate MODEL --seeds 0-9999 --class uniform --out balanced
 \b
-  # a class a seed, from a file; a contact sheet of the first 64
+  # one class per seed, from a file; a contact sheet of the first 64
   ddim-fast generate MODEL --seeds 0-2,10-19 --labels labels.txt --grid sheet.png --format npz --out chosen
 \b
   # all GPUs of a machine; a Slurm step; a Ray cluster writing to S3
@@ -48,7 +48,7 @@ class Terminated(BaseException):
 @click.command("generate", epilog=EXAMPLES)
 @click.argument("model")
 @click.option(
-    "--seeds", default="0-63", show_default=True, help="One image a seed: numbers and ranges, as 0-63,70,80."
+    "--seeds", default="0-63", show_default=True, help="One image per seed: numbers and ranges, as 0-63,70,80."
 )
 @click.option("--out", required=True, help="Folder, or any fsspec path such as s3://bucket/run.")
 @click.option("--steps", "num_inference_steps", default=50, show_default=True, help="Denoising steps.")
@@ -63,13 +63,13 @@ class Terminated(BaseException):
 @click.option(
     "--class", "label", help="Class of every image, or uniform: a seed's class is then the seed modulo their number."
 )
-@click.option("--labels", help="File with a class a seed: .npy, or text with one a line.")
+@click.option("--labels", help="File with one class per seed: .npy, or text with one per line.")
 @click.option(
     "--format",
     type=click.Choice(list(FORMATS)),
     default="png",
     show_default=True,
-    help="One file an image, one array (samples.npz), or a tar or parquet file a chunk.",
+    help="One file per image, one array (samples.npz), or one tar or parquet file per chunk.",
 )
 @click.option("--subdirs", is_flag=True, help="Put PNGs into folders of 1,000.")
 @click.option(
@@ -80,7 +80,7 @@ class Terminated(BaseException):
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option("--engine", type=click.Choice(["auto", "plain", "fused", "graph"]), default="auto", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Start anew; removes what an earlier job wrote to OUT, nothing else.")
+@click.option("--overwrite", is_flag=True, help="Start again; removes what an earlier job wrote to OUT, nothing else.")
 @click.option("--on-bad", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
               help="At a NaN or infinite image: stop, or leave it out and record it.")  # fmt: skip
 @click.option("--chunk-size", type=int, help="Images finished together, and in a tar or parquet file.")
@@ -91,7 +91,7 @@ class Terminated(BaseException):
 @click.option("--log-json", is_flag=True, help="Progress and report as JSON lines on stdout.")
 @click.pass_context
 def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
-    """Sample one image a seed from MODEL: a Hub name, a local folder, or ddim-fast/digits."""
+    """Sample one image per seed from MODEL: a Hub name, a local folder, or ddim-fast/digits."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from .errors import JobError
 
@@ -120,7 +120,7 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
 
 @click.command("verify")
 @click.argument("out")
-@click.option("--repair", is_flag=True, help="Drop damaged chunks, so that running the job again makes those alone.")
+@click.option("--repair", is_flag=True, help="Drop damaged chunks, so that running the job again makes only those.")
 @click.option("--hashes", type=click.File("w"), help="Write each file's SHA-256 here, as sha256sum -c reads it.")
 @click.pass_context
 def verify_command(ctx: click.Context, out: str, repair: bool, hashes: Any) -> None:

@@ -143,7 +143,7 @@ def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], out: str) ->
         )
         raise ValueError(
             f"{out} holds a job with other settings: {differences}. Repeat its settings, choose another folder, "
-            "or start anew with overwrite"
+            "or start again with overwrite"
         )
 
 

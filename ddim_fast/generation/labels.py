@@ -26,7 +26,7 @@ class Labels:
                 classes = f" of {self.classes} classes" if self.classes else ""
                 raise ValueError(
                     f"class_labels is None, but the model is class-conditional{classes}; "
-                    "pass a class, a list with one label a seed, or 'uniform'"
+                    "pass a class, a list with one label per seed, or 'uniform'"
                 )
             self.setting: int | str | None = None
             return
@@ -47,7 +47,7 @@ class Labels:
         if not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"class_labels must be integers, got {values.dtype}")
         if values.ndim > 1 or (values.ndim == 1 and len(values) != num_images):
-            raise ValueError(f"class_labels has shape {values.shape}; one label a seed is ({num_images},)")
+            raise ValueError(f"class_labels has shape {values.shape}; one label per seed is ({num_images},)")
         top = self.classes or np.iinfo(np.int64).max
         if values.size and (values.min() < 0 or values.max() >= top):
             wrong = values.min() if values.min() < 0 else values.max()
@@ -70,7 +70,7 @@ class Labels:
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """Labels from a file: `.npy`, or text with one integer a line.
+    """Labels from a file: `.npy`, or text with one integer per line.
 
     Raises `ValueError` naming the file and the line that is wrong, and `OSError` for a file that cannot be read.
     """

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Images sampled, images a second and time left: a bar on stderr, or JSON lines on `log`."""
+    """Images sampled, images per second and time left: a bar on stderr, or JSON lines on `log`."""
 
     def __init__(self, total: int, done: int, show: bool, log: TextIO | None):
         self.log, self.total, self.done, self.before = log, total, done, done

@@ -30,9 +30,9 @@ from .writing import Writer
 
 @takes(JobSettings)
 def generate(settings: JobSettings) -> Report:
-    """Sample one image a seed into `out`, in a job that can be cut off at any moment and run again to go on.
+    """Sample one image per seed into `out`, in a job that can be cut off at any moment and run again to go on.
 
-    An image depends on its seed and label alone: the same bytes whatever the shard, the order or the number of runs,
+    An image depends only on its seed and label: the same bytes whatever the shard, the order or the number of runs,
     at one batch size on one kind of device; at another batch size, on another device or with another number of CPU
     threads (torchrun sets one) the same picture up to rounding.
 

@@ -34,7 +34,7 @@ class JobSettings:
         seeds: integers in [0, 2**63), or text such as `"0-49999"` or `"1,5,7-9"`; each once.
         out: a folder, or any fsspec path (`"s3://bucket/run"`). Only local folders are locked against a second run.
         num_inference_steps, eta, timesteps: as in a pipeline's call.
-        class_labels: an int, one int a seed, or `"uniform"` (seed modulo the number of classes).
+        class_labels: an int, one int per seed, or `"uniform"` (seed modulo the number of classes).
         batch_size: images in a forward, or `"auto"`: what fits, or what the job in `out` already has.
         chunk_size: images finished together (default: about 1,024; PNGs about a million pixels). For webdataset and
             parquet also the images in a file.
@@ -43,7 +43,7 @@ class JobSettings:
         device, dtype, engine: where and how to run; by default a pipeline stays as it is, and a name loads in float32
             on this process's CUDA device or on the CPU. With `ray`, `device` may only be the CPU.
         on_bad: `"stop"` at a NaN or infinite image, or `"skip"` and record it.
-        overwrite: remove what a job wrote to `out`, and nothing else, and start anew.
+        overwrite: remove what a job wrote to `out`, and nothing else, and start again.
         shard: `(k, n)` or `"k/n"`, shard k of n counted from 0; by default what torchrun's or Slurm's variables say.
         grid: file for a contact sheet of the first 64 images (a bare name lies in `out`); None gives PNG jobs of up
             to 64 images a `grid.png`, False none.
@@ -91,8 +91,8 @@ class JobSettings:
             raise ValueError(f"eta must lie in 0 (DDIM) to 1 (DDPM), got {self.eta}")
         if self.device is not None:
             _check_device(self.device)
-        layout = formats.load(self.format)
-        if self.subdirs and not layout.SUBDIRS:
+        format = formats.load(self.format)
+        if self.subdirs and not format.SUBDIRS:
             raise ValueError(f"subdirs puts PNGs into folders; it does not apply to format {self.format!r}")
         if isinstance(self.dtype, str) and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -179,7 +179,7 @@ def _check_ray(settings: JobSettings) -> None:
     workers, gpus = settings.workers, settings.gpus_per_worker
     for name, value in (("workers", workers), ("gpus_per_worker", gpus)):
         if value is not None and settings.ray is None:
-            raise ValueError(f"{name} is {value}, but applies to ray alone; pass ray as well, or leave it out")
+            raise ValueError(f"{name} is {value}, but applies to ray only; pass ray as well, or leave it out")
     if settings.ray is None:
         return
     if workers is not None and workers < 1:

@@ -49,7 +49,7 @@ def verify(
 ) -> Verification:
     """Check the job in `out`: every seed once, every file decodes and has the bytes the job wrote, no strays.
 
-    `repair` drops the record of each damaged chunk, so that running the job again makes those alone, and damaged files
+    `repair` drops the record of each damaged chunk, so that running the job again makes only those, and damaged files
     of the whole job. `hashes` receives a line for each file, as `sha256sum -c` reads it. Raises `ValueError` if `out`
     holds no job, and `JobError` if `repair` finds a run at work on it.
     """

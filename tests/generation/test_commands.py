@@ -91,7 +91,7 @@ def test_a_shard_says_where_it_was_read(tmp_path, model, monkeypatch):
         (("--device", "cuda:99"), "device must be"),
         (("--steps", "0"), "num_inference_steps must be"),
         (("--shard", "2/2"), "shards count from 0"),
-        (("--workers", "2"), "workers is 2, but applies to ray alone"),
+        (("--workers", "2"), "workers is 2, but applies to ray only"),
         (("--class", "9" * 20), "holds 99999999999999999999"),
         (("--steps", "2000"), "num_inference_steps must be 1 to 1000, got 2000"),
         (("--grid", "/nowhere/a.png"), "no folder /nowhere"),

@@ -1,4 +1,4 @@
-"""Parquet: a file a chunk under `data/`, with an `image` column that Hugging Face `datasets` decodes."""
+"""Parquet: one file per chunk under `data/`, with an `image` column that Hugging Face `datasets` decodes."""
 
 from __future__ import annotations
 

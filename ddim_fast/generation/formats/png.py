@@ -1,4 +1,4 @@
-"""One PNG an image, named by its seed."""
+"""One PNG per image, named by its seed."""
 
 from __future__ import annotations
 

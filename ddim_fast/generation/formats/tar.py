@@ -1,4 +1,4 @@
-"""WebDataset shards: a tar a chunk, with `png`, `json` and, for a class-conditional model, `cls` of each image."""
+"""WebDataset shards: one tar per chunk, with `png`, `json` and, for a class-conditional model, `cls` of each image."""
 
 from __future__ import annotations
 
