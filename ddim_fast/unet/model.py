@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,7 +48,9 @@ class UNet2DModel(nn.Module, Configured):
         downsample_type, upsample_type: `"conv"` or `"resnet"`, how the blocks with attention change size.
         dropout: probability in every residual block, while training.
         act_fn: `"silu"` (or `"swish"`), `"mish"`, `"gelu"` or `"relu"`.
-        attention_head_dim: channels of an attention head; `None` is a single head.
+        attention_head_dim: channels of an attention head; `None` is a single head. As a tuple (diffusers has none):
+            one entry a resolution, the middle block taking the last, or one a block in the order they run: the way
+            down, the middle, the way up.
         norm_num_groups, norm_eps: of the GroupNorms.
         attn_norm_num_groups: groups of the norm in the middle block's attention. By default `norm_num_groups`, and
             with `resnet_time_scale_shift="scale_shift"` no norm.
@@ -83,7 +86,7 @@ class UNet2DModel(nn.Module, Configured):
         upsample_type: str = "conv",
         dropout: float = 0.0,
         act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
+        attention_head_dim: int | Sequence[int | None] | None = 8,
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
@@ -104,7 +107,7 @@ class UNet2DModel(nn.Module, Configured):
             norm_num_groups=norm_num_groups,
             dropout=dropout,
             resnet_time_scale_shift=resnet_time_scale_shift,
-            attention_head_dim=attention_head_dim,
+            attention_head_dim=None,
             downsample_padding=downsample_padding,
             downsample_type=downsample_type or "conv",
             upsample_type=upsample_type or "conv",
@@ -132,6 +135,7 @@ class UNet2DModel(nn.Module, Configured):
             self.class_embedding = nn.Embedding(num_class_embeds, time_embed_dim)
 
         levels = len(channels)
+        head_dims = iter(_head_dims(attention_head_dim, levels))
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()
         for i, block_type in enumerate(down_block_types):
@@ -140,16 +144,17 @@ class UNet2DModel(nn.Module, Configured):
                     block_type,
                     channels[max(i - 1, 0)],
                     channels[i],
-                    options,
+                    replace(options, attention_head_dim=next(head_dims)),
                     num_layers=layers_per_block,
                     add_downsample=i < levels - 1,
                 )
             )
         self.mid_block: UNetMidBlock2D | None = None
+        middle_options = replace(options, attention_head_dim=next(head_dims))
         if mid_block_type is not None:
             self.mid_block = UNetMidBlock2D(
                 channels[-1],
-                options,
+                middle_options,
                 output_scale_factor=mid_block_scale_factor,
                 attention_groups=attn_norm_num_groups,
                 add_attention=add_attention,
@@ -161,7 +166,7 @@ class UNet2DModel(nn.Module, Configured):
                     channels[max(i - 1, 0)],
                     channels[min(i + 1, levels - 1)],
                     channels[i],
-                    options,
+                    replace(options, attention_head_dim=next(head_dims)),
                     num_layers=layers_per_block + 1,
                     add_upsample=i > 0,
                 )
@@ -334,6 +339,21 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"layers_per_block must be at least 1; got {config.layers_per_block}")
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
         raise ValueError("num_train_timesteps is None, but time_embedding_type='learned' needs it: a row a timestep")
+
+
+def _head_dims(head_dim: int | Sequence[int | None] | None, levels: int) -> list[int | None]:
+    """Channels of an attention head in every block, in the order they run: the way down, the middle, the way up."""
+    if head_dim is None or isinstance(head_dim, int):
+        return [head_dim] * (2 * levels + 1)
+    dims = list(head_dim)
+    if len(dims) == levels:
+        return [*dims, dims[-1], *reversed(dims)]
+    if len(dims) != 2 * levels + 1:
+        raise ValueError(
+            f"attention_head_dim must be a number, None, or {levels} of them (one a resolution) or {2 * levels + 1} "
+            f"(one a block); got {tuple(dims)}"
+        )
+    return dims
 
 
 def _expand_timestep(timestep: Tensor | float | int, sample: Tensor) -> Tensor:

@@ -175,3 +175,26 @@ def test_a_wrong_input_is_refused_by_name(model, inputs, argument):
 def test_a_conditional_model_wants_labels(small_config, noisy):
     with pytest.raises(ValueError, match="class_labels"):
         UNet2DModel(**small_config, num_class_embeds=3)(*noisy())
+
+
+def test_head_widths_of_each_resolution_or_block(small_config):
+    """An extension: the middle has the last resolution's, and both ways of the U the same unless told block by block."""
+    config = {
+        **small_config,
+        "down_block_types": ("AttnDownBlock2D",) * 2,
+        "up_block_types": ("AttnUpBlock2D",) * 2,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+    }
+
+    def widths(head_dim):
+        model = UNet2DModel(**config, attention_head_dim=head_dim)
+        blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
+        return [block.attentions[0].head_dim for block in blocks]
+
+    assert widths((8, 16)) == [8, 16, 16, 16, 8]
+    assert widths([8, 16, 32, 64, 4]) == [8, 16, 32, 64, 4]
+    assert widths((None, 16)) == [32, 16, 16, 16, 32]
+    assert widths(8) == [8] * 5
+    with pytest.raises(ValueError, match=r"2 of them \(one a resolution\) or 5 \(one a block\); got \(8, 8, 8\)"):
+        UNet2DModel(**config, attention_head_dim=(8, 8, 8))
