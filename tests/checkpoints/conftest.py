@@ -1,8 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from ddim_fast.scheduler import DDIMScheduler
 from ddim_fast.unet import UNet2DModel
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 TINY = {
     "sample_size": 8,
