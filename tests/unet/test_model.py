@@ -178,7 +178,7 @@ def test_a_conditional_model_wants_labels(small_config, noisy):
 
 
 def test_head_widths_of_each_resolution_or_block(small_config):
-    """An extension: the middle has the last resolution's, and both ways of the U the same unless told block by block."""
+    """An extension: the middle has the last resolution's, both ways of the U the same unless told block by block."""
     config = {
         **small_config,
         "down_block_types": ("AttnDownBlock2D",) * 2,
