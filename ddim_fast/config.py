@@ -47,6 +47,19 @@ def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
     return configured_init
 
 
+def init_arguments(kind: type) -> list[str]:
+    """What a `kind` is built from: the arguments of `__init__`, and of the bases to which it hands `**kwargs`."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(names))
+
+
 class Configured:
     """Base of everything that is built from a config (`UNet2DModel`, `DDIMScheduler`)."""
 
@@ -71,7 +84,7 @@ class Configured:
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a mapping such as `model.config`, got {type(config).__name__}")
         entries = {**config, **overrides}
-        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        known = init_arguments(cls)
         extra = {name: value for name, value in entries.items() if name not in known}
         unknown = sorted(name for name in extra if not name.startswith("_"))
         if unknown:

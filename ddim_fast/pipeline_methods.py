@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from . import checkpoints
+from .checkpoints.lookup import HARMLESS_OPTIONS
 from .config import Config
 from .engine import EngineState
 from .once import log_once
 from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
+from .unet.loading import build_unet, check_target
 
 logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="PipelineMethods")
-
-# Options of diffusers' `from_pretrained` that choose how it loads; ours always loads without a second copy.
-HARMLESS_OPTIONS = {"low_cpu_mem_usage", "proxies", "output_loading_info", "mirror", "custom_revision"}
 
 
 def adopt_unet(unet: Any) -> UNet2DModel:
@@ -130,21 +130,22 @@ class PipelineMethods:
         `force_download`, `subfolder`, `use_safetensors`, and `unet=` or `scheduler=` to use in place of the stored
         one. Nothing that a file names is imported or run.
         """
-        from . import checkpoints
-
         given = {name: options.pop(name) for name in ("unet", "scheduler") if name in options}
         for name in sorted(HARMLESS_OPTIONS & options.keys()):
             options.pop(name)
             log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
         if given.keys() == {"unet", "scheduler"}:
             raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
+        dtype, device = check_target(options.pop("torch_dtype", None), options.pop("device", None))
         unet = given.get("unet")
         if unet is not None:
-            for name in ("torch_dtype", "device", "variant", "use_safetensors"):
-                options.pop(name, None)
-            scheduler = checkpoints.load_scheduler(pretrained_model_name_or_path, **options)
+            scheduler = DDIMScheduler.from_stored(
+                checkpoints.read_scheduler(pretrained_model_name_or_path, checkpoints.Lookup(**options))
+            )
         else:
-            unet, scheduler = checkpoints.load_pipeline_parts(pretrained_model_name_or_path, **options)
+            stored = checkpoints.read_pipeline(pretrained_model_name_or_path, checkpoints.Lookup(**options))
+            unet = build_unet(UNet2DModel, stored.unet, dtype=dtype, device=device)
+            scheduler = DDIMScheduler.from_stored(stored.scheduler)
         parts: dict[str, Any] = {"unet": unet, "scheduler": given.get("scheduler", scheduler)}
         pipe = cls(**parts)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -160,8 +161,6 @@ class PipelineMethods:
         **options: Any,
     ) -> None:
         """Write the pipeline as diffusers writes it, whole or not at all."""
-        from . import checkpoints
-
         sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         checkpoints.save_pipeline(
             self.unet, self.scheduler, save_directory, safe_serialization=safe_serialization, variant=variant, **sizes
@@ -171,16 +170,12 @@ class PipelineMethods:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it to `repo_id` on the Hub; returns the commit's address."""
-        from . import checkpoints
-
         return checkpoints.push_to_hub(self, repo_id, **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """Download the files a pipeline needs into the cache and return their folder."""
-        from . import checkpoints
-
-        return str(checkpoints.download(pretrained_model_name, **options))
+        return str(checkpoints.download(pretrained_model_name, checkpoints.Lookup(**options)))
 
     @classmethod
     def from_pipe(cls: type[P], pipeline: Any, **options: Any) -> P:

@@ -10,11 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 
+from .checkpoints import Lookup, StoredScheduler, push_to_hub, read_scheduler, save_scheduler
+from .checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from .config import Configured, register_to_config
 from .noise import randn_tensor
 from .outputs import Output
@@ -139,23 +142,52 @@ class DDIMScheduler(Configured):
 
     @classmethod
     def from_pretrained(
-        cls: type[S], pretrained_model_name_or_path: str | PathLike[str], subfolder: str | None = None, **options: Any
+        cls: type[S],
+        pretrained_model_name_or_path: str | PathLike[str],
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **config_entries: Any,
     ) -> S:
-        """Load a scheduler from a folder or the Hub; see `ddim_fast.checkpoints.load_scheduler` for the options."""
-        from .checkpoints import load_scheduler
+        """Load a scheduler, whatever class wrote it, from its own folder or that of a pipeline, or from the Hub.
 
-        return cls.from_config(load_scheduler(pretrained_model_name_or_path, subfolder=subfolder, **options).config)
+        The options are those of `ddim_fast.checkpoints.Lookup`; `config_entries` replace entries of the stored config.
+        Raises what `ddim_fast.checkpoints.read_scheduler` raises, and `TypeError` for an unknown option.
+        """
+        for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
+            config_entries.pop(name)
+        check_entries(cls, config_entries)
+        lookup = Lookup(
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls.from_stored(read_scheduler(pretrained_model_name_or_path, lookup), **config_entries)
+
+    @classmethod
+    def from_stored(cls: type[S], stored: StoredScheduler, **overrides: Any) -> S:
+        """A scheduler with the stored config, `overrides` in place of its entries.
+
+        Raises `ValueError`, naming the file, if none can be built from it.
+        """
+        try:
+            return cls.from_config(stored.config, **overrides)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{stored.where} describes no scheduler that can be built: {error}") from error
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
         """Write `scheduler_config.json` into `save_directory`; diffusers loads it too."""
-        from .checkpoints import save_scheduler
-
         save_scheduler(self, save_directory)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the scheduler to the Hub; see `ddim_fast.checkpoints.push_to_hub` for the options."""
-        from .checkpoints import push_to_hub
-
         return push_to_hub(self, repo_id, **options)
 
     def set_timesteps(

@@ -1,17 +1,26 @@
-"""Weights and configs in and out: local folders, the Hub, legacy formats, the original repository."""
+"""Files in, configs and tensors out, and back: folders, the Hub, legacy formats, the original repository.
 
-from .load import download, load_pipeline_parts, load_scheduler, load_unet
-from .original import load_original
+Nothing here knows a network or a scheduler class; `from_pretrained` of each builds itself from what is read here.
+"""
+
+from .load import download, read_pipeline, read_scheduler, read_unet
+from .lookup import Lookup
+from .original import read_original
 from .push import push_to_hub
 from .save import save_pipeline, save_scheduler, save_unet
+from .stored import StoredNetwork, StoredPipeline, StoredScheduler
 
 __all__ = [
+    "Lookup",
+    "StoredNetwork",
+    "StoredPipeline",
+    "StoredScheduler",
     "download",
-    "load_original",
-    "load_pipeline_parts",
-    "load_scheduler",
-    "load_unet",
     "push_to_hub",
+    "read_original",
+    "read_pipeline",
+    "read_scheduler",
+    "read_unet",
     "save_pipeline",
     "save_scheduler",
     "save_unet",

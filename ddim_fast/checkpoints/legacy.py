@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ _TOP_MODULES = {
     "downsample_blocks": "down_blocks",
     "upsample_blocks": "up_blocks",
 }
+
+LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION_NAME = re.compile(rf"(.*\battentions\.\d+\.)({'|'.join(LEGACY_ATTENTION)})\.(weight|bias)")
 
 
 def modernize_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +57,29 @@ def modernize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed[f"{_TOP_MODULES.get(top, top)}.{rest}" if rest else name] = tensor
     twins = {name: name.replace(".op.", ".conv.").replace(".Conv2d_0.", ".conv.") for name in renamed}
     return {name: tensor for name, tensor in renamed.items() if twins[name] == name or twins[name] not in renamed}
+
+
+def modernize_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with attention weights named as `UNet2DModel` names them; nothing is copied.
+
+    Checkpoints of 2022 (all `google/ddpm-*`) call an attention's projections `query`, `key`, `value` and `proj_attn`.
+    Those stored as 1x1 convolutions, (out, in, 1) or (out, in, 1, 1), become (out, in).
+
+    Raises `ValueError` if a weight is there under both its old and its new name.
+    """
+    modern: dict[str, Tensor] = {}
+    for old, tensor in state.items():
+        match = _ATTENTION_NAME.fullmatch(old)
+        name = old
+        if match:
+            prefix, projection, kind = match.groups()
+            name = f"{prefix}{LEGACY_ATTENTION[projection]}.{kind}"
+            if name in state:
+                raise ValueError(f"the same weight is there twice: as {old} and, newer, as {name}; remove one")
+            if kind == "weight" and tensor.ndim > 2 and all(size == 1 for size in tensor.shape[2:]):
+                tensor = tensor.flatten(1)
+        modern[name] = tensor
+    return modern
 
 
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

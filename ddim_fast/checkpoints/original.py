@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..scheduler import DDIMScheduler
-from ..unet import UNet2DModel
-from .weights import describe, fill, load_pickle, parameters_on_meta, read_tensors
+from .stored import StoredNetwork, StoredPipeline, StoredScheduler
+from .weights import describe, load_pickle, read_tensors
 
 # Image size and channel multipliers of the released models. All have 128 channels, two residual blocks a resolution,
 # and attention where the image is 16 pixels wide.
@@ -45,21 +43,14 @@ _PARTS = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.
 _LEVEL = re.compile(r"(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.+)")
 
 
-def load_original(
-    path: str | os.PathLike[str],
-    config: str = "auto",
-    *,
-    torch_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[UNet2DModel, DDIMScheduler]:
-    """The network (in eval mode) and scheduler of a checkpoint file of the original DDIM repository.
+def read_original(path: str | os.PathLike[str], config: str = "auto") -> StoredPipeline:
+    """What a checkpoint file of the original DDIM repository holds.
 
     Args:
         path: a plain state dict (`*.ckpt`), or what the repository's training loop saves (`ckpt*.pth`: network,
             optimizer, epoch, step and, if it was kept, the moving average, which is then taken).
         config: "cifar10", "celeba", "bedroom" or "church" insist on that network; "auto" reads the network off the
             weights' shapes, with the image size that puts its attention at 16 × 16, as all of them have it.
-        torch_dtype, device: as in `load_pipeline_parts`.
 
     The scheduler has the repository's noise schedule and, as its "generalized" sampler, does not clip x₀. That
     sampler's "uniform" and "quad" timesteps are the spacings "leading" and "quad".
@@ -79,17 +70,14 @@ def load_original(
                 f"{path} is not a {config} network: found channels {entries['block_out_channels']}, expected {widths}"
             )
         entries["sample_size"] = size
-    with parameters_on_meta():
-        unet = UNet2DModel.from_config(entries)
-    converted = _modern_names(state, len(entries["block_out_channels"]))
-    target = torch.device("cpu" if device is None else device)
-    fill(unet, converted, dict.fromkeys(converted, path), torch_dtype or torch.float32, target)
-    return unet.eval(), original_scheduler()
+    tensors = _modern_names(state, len(entries["block_out_channels"]))
+    unet = StoredNetwork(entries, tensors, dict.fromkeys(tensors, path), str(path))
+    return StoredPipeline(unet, StoredScheduler(original_scheduler(), str(path)))
 
 
-def original_scheduler() -> DDIMScheduler:
+def original_scheduler() -> dict[str, Any]:
     """The noise schedule and sampler settings that all networks of the original repository share."""
-    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    return {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
 
 
 def _network_state(path: Path) -> dict[str, Tensor]:

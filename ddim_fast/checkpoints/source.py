@@ -6,13 +6,13 @@ import json
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..once import log_once
 from . import atomic
 from .layout import Source
+from .lookup import Lookup
 
 logger = logging.getLogger(__name__)
 
@@ -20,17 +20,6 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 NAMESPACE = "ddim-fast/"
 _FILE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".json")
 _LOOKUP_TIMEOUT = 10.0
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """How to ask the Hub; every field means what it means in `huggingface_hub`."""
-
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    token: bool | str | None = None
-    local_files_only: bool = False
-    force_download: bool = False
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
@@ -56,7 +45,7 @@ def local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def open_source(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Source:
+def open_source(name_or_path: str | os.PathLike[str], hub: Lookup) -> Source:
     """The place that `name_or_path` names.
 
     Raises `FileNotFoundError` if there is neither such a folder nor such a model, `PermissionError` for a gated
@@ -102,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hub_source(repo_id: str, hub: HubOptions) -> Source:
+def _hub_source(repo_id: str, hub: Lookup) -> Source:
     if hub.local_files_only:
         if hub.force_download:
             raise ValueError("local_files_only=True and force_download=True exclude each other; pass one of them")
@@ -136,7 +125,7 @@ def _hub_source(repo_id: str, hub: HubOptions) -> Source:
     return Source(f"{repo_id} (on the Hub)", names, read, lambda paths: _download(repo_id, hub, paths))
 
 
-def _download(repo_id: str, hub: HubOptions, paths: Collection[str]) -> str:
+def _download(repo_id: str, hub: Lookup, paths: Collection[str]) -> str:
     from huggingface_hub import snapshot_download
 
     try:
@@ -153,7 +142,7 @@ def _download(repo_id: str, hub: HubOptions, paths: Collection[str]) -> str:
         raise _explain(repo_id, hub, error) from error
 
 
-def _cached_source(repo_id: str, hub: HubOptions, reason: str, cause: Exception | None = None) -> Source:
+def _cached_source(repo_id: str, hub: Lookup, reason: str, cause: Exception | None = None) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
@@ -168,7 +157,7 @@ def _cached_source(repo_id: str, hub: HubOptions, reason: str, cause: Exception 
     return folder_source(Path(folder), title=f"{folder} (what is in the cache of {repo_id!r}; {reason})")
 
 
-def _explain(repo_id: str, hub: HubOptions, error: Exception) -> Exception:
+def _explain(repo_id: str, hub: Lookup, error: Exception) -> Exception:
     """What went wrong with a lookup or a download, in the user's terms."""
     from huggingface_hub import errors
 

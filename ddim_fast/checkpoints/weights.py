@@ -1,17 +1,15 @@
-"""Tensors from files, and into a network without a second copy of them."""
+"""Tensors from files."""
 
 from __future__ import annotations
 
 import pickle
-import threading
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _SHOWN = 8
 
@@ -88,43 +86,6 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict with the entries {', '.join(map(repr, list(value)[:_SHOWN]))}"
     return f"a {type(value).__name__}"
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built in this thread get parameters without memory or initial values; buffers stay real."""
-    owner = threading.get_ident()
-
-    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or threading.get_ident() != owner:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def fill(
-    module: nn.Module,
-    state: dict[str, Tensor],
-    origin: Mapping[str, Path],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Make the tensors of `state` the weights of `module`, converted one by one. `state` is used up.
-
-    Raises `ValueError` naming the file, the names and the shapes if names are missing, left over, or of another shape.
-    """
-    expected = module.state_dict()
-    check_fit(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, origin)
-    for name in list(state):
-        tensor = state.pop(name)
-        expected[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    module.load_state_dict(expected, strict=True, assign=True)
-    module.to(device, dtype)
 
 
 def check_fit(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import Lookup, push_to_hub, read_unet, save_unet
+from ..checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from ..config import Configured, register_to_config
 from ..outputs import Output
 from .blocks import Block, BlockOptions, UNetMidBlock2D
 from .embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
+from .loading import build_unet, check_target
 from .registry import check_block_types, make_down_block, make_up_block
 from .resnet import make_group_norm
 from .skip_blocks import SkipDownBlock2D, SkipUpBlock2D
+
+U = TypeVar("U", bound="UNet2DModel")
 
 
 @dataclass
@@ -296,22 +302,51 @@ class UNet2DModel(nn.Module, Configured):
                 module.gradient_checkpointing = value
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> UNet2DModel:
-        """Load a model from a folder or the Hub; the options are those of `ddim_fast.checkpoints.load_unet`."""
-        from ..checkpoints import load_unet
+    def from_pretrained(
+        cls: type[U],
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        **config_entries: Any,
+    ) -> U:
+        """Load a network, in eval mode, from its own folder or that of a pipeline, the Hub, or a checkpoint file.
 
-        return load_unet(pretrained_model_name_or_path, **options)
+        Args:
+            pretrained_model_name_or_path: as in `ddim_fast.checkpoints.read_pipeline`.
+            torch_dtype: of the weights, float32 by default, whatever the file has.
+            device: where the weights go, the CPU by default.
+            variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download: as in
+                `ddim_fast.checkpoints.Lookup`.
+            config_entries: replace entries of the stored config.
+
+        Raises what `ddim_fast.checkpoints.read_unet` raises, `ValueError` for weights that are not the network's, and
+        `TypeError` for an unknown option.
+        """
+        target = check_target(torch_dtype, device)
+        for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
+            config_entries.pop(name)
+        check_entries(cls, config_entries)
+        lookup = Lookup(
+            variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download
+        )
+        stored = read_unet(pretrained_model_name_or_path, lookup)
+        return build_unet(cls, stored, dtype=target[0], device=target[1], overrides=config_entries)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save config and weights to a folder; the options are those of `ddim_fast.checkpoints.save_unet`."""
-        from ..checkpoints import save_unet
-
         save_unet(self, save_directory, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload config and weights, with the options of `ddim_fast.checkpoints.push_to_hub`; the commit's address."""
-        from ..checkpoints import push_to_hub
-
         return push_to_hub(self, repo_id, **options)
 
 

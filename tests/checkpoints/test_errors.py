@@ -6,9 +6,12 @@ import pickle
 
 import pytest
 import torch
+from parts import load_parts
 from safetensors.torch import load_file, save_file
 
-from ddim_fast.checkpoints import load_pipeline_parts, load_scheduler, load_unet, save_pipeline, save_unet
+from ddim_fast.checkpoints import save_pipeline, save_unet
+from ddim_fast.scheduler import DDIMScheduler
+from ddim_fast.unet import UNet2DModel
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -37,7 +40,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_named(folder):
 
     edit_weights(folder, edit)
     with pytest.raises(ValueError) as error:
-        load_pipeline_parts(folder)
+        load_parts(folder)
     for part in (
         str(folder / WEIGHTS),
         "missing: conv_in.bias",
@@ -51,7 +54,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_named(folder):
 def test_a_long_list_of_names_is_cut(folder, tiny_config):
     edit_json(folder / "unet/config.json", layers_per_block=3)
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 def test_the_shard_with_the_wrong_weight_is_named(unet, tmp_path):
@@ -62,7 +65,7 @@ def test_the_shard_with_the_wrong_weight_is_named(unet, tmp_path):
     state["conv_out.weight"] = torch.zeros(2)
     save_file(state, shard)
     with pytest.raises(ValueError, match=rf"conv_out.weight in .*{shard.name}: found \(2,\), expected \(1, 8, 3, 3\)"):
-        load_unet(tmp_path)
+        UNet2DModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "unet/diffusion_pytorch_model.bin"])
@@ -82,7 +85,7 @@ def test_damaged_weights_name_the_file(unet, scheduler, tmp_path, name, content,
     path = tmp_path / name
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(ValueError, match=error) as raised:
-        load_pipeline_parts(tmp_path)
+        load_parts(tmp_path)
     assert str(path) in str(raised.value)
 
 
@@ -104,7 +107,7 @@ def test_code_in_a_bin_file_does_not_run(folder, tmp_path, zipped):
     else:
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin .*weights_only=True.*safetensors"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
     assert not (tmp_path / "owned").exists()
 
 
@@ -112,7 +115,7 @@ def test_a_bin_file_must_hold_tensors(folder):
     (folder / WEIGHTS).unlink()
     torch.save({"state_dict": {}, "epoch": 3}, folder / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="must hold a dict of tensors, found a dict with the entries 'state_dict'"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
@@ -129,7 +132,7 @@ def test_a_bin_file_must_hold_tensors(folder):
 def test_wrong_json_names_the_file(folder, name, content, error):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=error) as raised:
-        load_pipeline_parts(folder)
+        load_parts(folder)
     assert str(folder / name) in str(raised.value)
 
 
@@ -147,13 +150,13 @@ def test_wrong_json_names_the_file(folder, name, content, error):
 def test_a_config_no_network_can_be_built_from_is_named(folder, entries):
     edit_json(folder / "unet/config.json", **entries)
     with pytest.raises(ValueError, match=r"unet/config.json describes no network that can be built"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 def test_a_scheduler_config_none_can_be_built_from_is_named(folder):
     edit_json(folder / "scheduler/scheduler_config.json", beta_schedule="pickle")
     with pytest.raises(ValueError, match=r"scheduler_config.json describes no scheduler that can be built: .*pickle"):
-        load_scheduler(folder)
+        DDIMScheduler.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -166,19 +169,19 @@ def test_an_index_cannot_lead_out_of_its_folder(unet, scheduler, tmp_path, shard
         tmp_path / "pipe/unet/diffusion_pytorch_model.safetensors.index.json", weight_map={"conv_in.weight": shard}
     )
     with pytest.raises(ValueError, match=r"index.json refers to .*only plain names of files in its own folder"):
-        load_pipeline_parts(tmp_path / "pipe")
+        load_parts(tmp_path / "pipe")
 
 
 def test_a_pipeline_index_cannot_lead_out_of_its_folder(folder):
     (folder / "model_index.json").write_text(json.dumps({"../../net": ["diffusers", "UNet2DModel"]}))
     with pytest.raises(ValueError, match=r"model_index.json refers to '../../net'"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 @pytest.mark.parametrize("subfolder", ["..", "unet/../..", "/etc", "..\\..", "C:/x"])
 def test_a_subfolder_is_inside(folder, subfolder):
     with pytest.raises(ValueError, match="leaves the folder"):
-        load_unet(folder, subfolder=subfolder)
+        UNet2DModel.from_pretrained(folder, subfolder=subfolder)
 
 
 def test_classes_a_file_names_are_never_imported(folder, tmp_path, monkeypatch):
@@ -186,63 +189,63 @@ def test_classes_a_file_names_are_never_imported(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     edit_json(folder / "model_index.json", extra=["evil_module", "Evil"], scheduler=["evil_module", "EvilScheduler"])
     edit_json(folder / "scheduler/scheduler_config.json", _class_name="evil_module.EvilScheduler")
-    load_pipeline_parts(folder)
+    load_parts(folder)
     edit_json(folder / "model_index.json", unet=["evil_module", "Net"])
     with pytest.raises(ValueError, match="its unet is a Net; DDIMPipeline samples from a UNet2DModel"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 def test_another_kind_of_network_is_refused_by_name(folder):
     edit_json(folder / "unet/config.json", _class_name="UNet2DConditionModel")
     with pytest.raises(ValueError, match="describes a UNet2DConditionModel, not a UNet2DModel"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
     (folder / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"]}))
     with pytest.raises(ValueError, match=r"none of its components is a UNet2DModel; it lists: transformer"):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 def test_a_network_alone_says_how_to_make_a_pipeline_of_it(folder):
     with pytest.raises(FileNotFoundError, match=r"UNet2DModel.from_pretrained\(.*DDIMPipeline\(unet, DDIMScheduler"):
-        load_pipeline_parts(folder / "unet")
+        load_parts(folder / "unet")
 
 
 def test_other_folders_say_what_is_missing_and_what_there_is(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty is empty or missing"):
-        load_pipeline_parts(tmp_path / "empty")
+        load_parts(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"has no unet \(config.json\).* it holds: scheduler_config.json"):
-        load_pipeline_parts(folder / "scheduler")
+        load_parts(folder / "scheduler")
     with pytest.raises(FileNotFoundError, match=r"pipe/ema is empty or missing"):
-        load_pipeline_parts(folder, subfolder="ema")
+        load_parts(folder, subfolder="ema")
     (folder / WEIGHTS).unlink()
     with pytest.raises(
         FileNotFoundError, match=r"unet has no weights: expected .*safetensors or .*bin; it holds: conf"
     ):
-        load_pipeline_parts(folder)
+        load_parts(folder)
 
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such/folder", "a/b/c", "~/nothing-here", "model.ckpt", ""])
 def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        load_pipeline_parts(path)
+        load_parts(path)
 
 
 def test_variants_there_are_get_listed(unet, tmp_path):
     save_unet(unet, tmp_path, variant="fp16")
     with pytest.raises(FileNotFoundError, match="weights only as a variant; pass one of: variant='fp16'"):
-        load_unet(tmp_path)
+        UNet2DModel.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights for variant='bf16'; it has: variant='fp16'"):
-        load_unet(tmp_path, variant="bf16")
+        UNet2DModel.from_pretrained(tmp_path, variant="bf16")
     save_unet(unet, tmp_path, safe_serialization=False)
     with pytest.raises(FileNotFoundError, match=r"'bf16'; it has: the default .no variant., variant='fp16'"):
-        load_unet(tmp_path, variant="bf16")
+        UNet2DModel.from_pretrained(tmp_path, variant="bf16")
 
 
 def test_a_wrong_format_choice_is_explained(unet, tmp_path):
     save_unet(unet, tmp_path, safe_serialization=False)
     with pytest.raises(FileNotFoundError, match=r"weights only as \.bin; pass use_safetensors=None"):
-        load_unet(tmp_path, use_safetensors=True)
+        UNet2DModel.from_pretrained(tmp_path, use_safetensors=True)
 
 
 def test_missing_shards_and_missing_indices_are_named(unet, tmp_path):
@@ -250,10 +253,10 @@ def test_missing_shards_and_missing_indices_are_named(unet, tmp_path):
     shard = next(tmp_path.glob("*-00001-of-*"))
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"index.json names {shard.name}, which is missing"):
-        load_unet(tmp_path)
+        UNet2DModel.from_pretrained(tmp_path)
     next(tmp_path.glob("*index.json")).unlink()
     with pytest.raises(FileNotFoundError, match=r"shards of the weights, but not the \*.index.json"):
-        load_unet(tmp_path)
+        UNet2DModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -271,9 +274,9 @@ def test_missing_shards_and_missing_indices_are_named(unet, tmp_path):
 )
 def test_bad_arguments(folder, options, error):
     with pytest.raises((TypeError, ValueError), match=error):
-        load_pipeline_parts(folder, **options)
+        load_parts(folder, **options)
 
 
 def test_a_name_must_be_a_path_or_a_string():
     with pytest.raises(TypeError, match="must be a folder or the name of a model on the Hub, got NoneType"):
-        load_pipeline_parts(None)
+        load_parts(None)

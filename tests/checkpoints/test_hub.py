@@ -6,8 +6,10 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from parts import load_parts
 
-from ddim_fast.checkpoints import download, load_pipeline_parts, load_scheduler, load_unet, push_to_hub, save_pipeline
+from ddim_fast.checkpoints import Lookup, download, push_to_hub, save_pipeline
+from ddim_fast.scheduler import DDIMScheduler
 from ddim_fast.unet import UNet2DModel
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -123,7 +125,7 @@ def hub(tmp_path, monkeypatch, unet, scheduler):
     ],
 )
 def test_only_the_files_that_loading_reads_are_downloaded(hub, unet, same_weights, options, expected):
-    loaded, scheduler = load_pipeline_parts("me/tiny", **options)
+    loaded, scheduler = load_parts("me/tiny", **options)
     same_weights(loaded, unet)
     assert scheduler.config.beta_schedule == "scaled_linear"
     configs = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
@@ -132,22 +134,22 @@ def test_only_the_files_that_loading_reads_are_downloaded(hub, unet, same_weight
 
 
 def test_a_part_alone_needs_its_own_files_only(hub, unet, same_weights):
-    load_scheduler("me/tiny", subfolder="scheduler")
+    DDIMScheduler.from_pretrained("me/tiny", subfolder="scheduler")
     assert hub.asked == ["scheduler/scheduler_config.json"]
     hub.asked.clear()
-    same_weights(load_unet("me/tiny", subfolder="unet"), unet)
+    same_weights(UNet2DModel.from_pretrained("me/tiny", subfolder="unet"), unet)
     assert sorted(hub.asked) == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     hub.asked.clear()
-    same_weights(load_unet("me/tiny"), unet)
+    same_weights(UNet2DModel.from_pretrained("me/tiny"), unet)
     assert hub.asked == ["model_index.json"]
 
 
 def test_the_second_load_comes_from_the_cache_and_force_download_does_not(hub):
-    load_pipeline_parts("me/tiny")
+    load_parts("me/tiny")
     hub.asked.clear()
-    load_pipeline_parts("me/tiny")
+    load_parts("me/tiny")
     assert hub.asked == []
-    load_pipeline_parts("me/tiny", force_download=True)
+    load_parts("me/tiny", force_download=True)
     assert "unet/diffusion_pytorch_model.safetensors" in hub.asked
 
 
@@ -155,30 +157,30 @@ def test_the_old_flat_layout(hub, unet, same_weights):
     for folder in ("unet", "scheduler"):
         for file in (hub.folder / folder).iterdir():
             file.rename(hub.folder / file.name)
-    same_weights(load_pipeline_parts("me/tiny")[0], unet)
+    same_weights(load_parts("me/tiny")[0], unet)
     assert "config.json" in hub.asked and "diffusion_pytorch_model.bin" not in hub.asked
 
 
 def test_download_gives_the_folder_in_the_chosen_cache(hub, tmp_path, unet, same_weights):
-    folder = download("me/tiny", cache_dir=tmp_path / "elsewhere", revision="v2")
+    folder = download("me/tiny", Lookup(cache_dir=tmp_path / "elsewhere", revision="v2"))
     assert folder.is_relative_to(tmp_path / "elsewhere")
     assert (folder / "unet/diffusion_pytorch_model.safetensors").is_file() and not (folder / "README.md").exists()
-    same_weights(load_pipeline_parts(folder)[0], unet)
+    same_weights(load_parts(folder)[0], unet)
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE", "no network"])
 def test_what_was_downloaded_once_loads_offline(hub, unet, same_weights, how):
-    load_pipeline_parts("me/tiny")
+    load_parts("me/tiny")
     hub.asked.clear()
     options = {"local_files_only": True} if how == "local_files_only" else {}
     if how == "HF_HUB_OFFLINE":
         hub.offline()
     if how == "no network":
         hub.unplug()
-    same_weights(load_pipeline_parts("me/tiny", **options)[0], unet)
+    same_weights(load_parts("me/tiny", **options)[0], unet)
     assert hub.asked == []
     with pytest.raises(FileNotFoundError, match=r"in the cache of 'me/tiny'.*no weights for variant='fp16'"):
-        load_pipeline_parts("me/tiny", variant="fp16", **options)
+        load_parts("me/tiny", variant="fp16", **options)
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE", "no network"])
@@ -191,43 +193,43 @@ def test_what_was_never_downloaded_says_both_possibilities_offline(hub, how):
     with pytest.raises(
         ConnectionError, match=r"'me/tiny' is no folder in .*not in the local cache and could not be down"
     ):
-        load_pipeline_parts("me/tiny", **options)
+        load_parts("me/tiny", **options)
 
 
 def test_a_model_that_is_not_there_says_both_possibilities(hub):
     with pytest.raises(FileNotFoundError, match=r"'me/tyni' is neither a folder in .* nor a model on the Hub"):
-        load_pipeline_parts("me/tyni")
+        load_parts("me/tyni")
     with pytest.raises(FileNotFoundError, match=r"'my model' is not a folder in .*cannot be a model on the Hub"):
-        load_pipeline_parts("my model")
+        load_parts("my model")
 
 
 def test_a_revision_that_is_not_there_is_named(hub):
     with pytest.raises(FileNotFoundError, match="at revision 'v3'"):
-        load_pipeline_parts("me/tiny", revision="v3")
+        load_parts("me/tiny", revision="v3")
 
 
 def test_a_gated_model_says_how_to_get_in(hub):
     hub.gated.add("me/tiny")
     with pytest.raises(PermissionError, match=r"gated: accept its conditions at https://huggingface.co/me/tiny"):
-        load_pipeline_parts("me/tiny")
+        load_parts("me/tiny")
 
 
 def test_variants_on_the_hub_are_listed_before_anything_is_downloaded(hub):
     with pytest.raises(FileNotFoundError, match=r"no weights for variant='fp8'; it has: the default .*variant='fp16'"):
-        load_pipeline_parts("me/tiny", variant="fp8")
+        load_parts("me/tiny", variant="fp8")
     assert hub.asked == ["model_index.json"]
 
 
 def test_contradicting_options(hub):
     with pytest.raises(ValueError, match="local_files_only=True and force_download=True exclude"):
-        load_pipeline_parts("me/tiny", local_files_only=True, force_download=True)
+        load_parts("me/tiny", local_files_only=True, force_download=True)
 
 
 def test_an_index_on_the_hub_cannot_reach_outside(hub):
     index = hub.folder / "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../me/other/x.safetensors"}}))
     with pytest.raises(ValueError, match=r"refers to '../../../me/other/x.safetensors'"):
-        load_pipeline_parts("me/tiny", variant="fp16")
+        load_parts("me/tiny", variant="fp16")
 
 
 @pytest.fixture

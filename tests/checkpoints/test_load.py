@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import load_parts
 from safetensors.torch import load_file, save_file
 
-from ddim_fast.checkpoints import download, load_pipeline_parts, load_scheduler, load_unet, save_unet
+from ddim_fast.checkpoints import download, save_unet
 from ddim_fast.once import log_once
 from ddim_fast.scheduler import DDIMScheduler
 from ddim_fast.unet import UNet2DModel
@@ -48,7 +49,7 @@ def test_pipeline_saved_by_diffusers_predicts_the_same(theirs, tmp_path, shards,
     pipe = diffusers.DDIMPipeline(theirs, diffusers.DDIMScheduler(beta_end=0.01, clip_sample=False))
     pipe.save_pretrained(tmp_path, safe_serialization=safe, variant=variant, max_shard_size=shards)
 
-    unet, scheduler = load_pipeline_parts(tmp_path, variant=variant)
+    unet, scheduler = load_parts(tmp_path, variant=variant)
 
     predictions_agree(unet, theirs)
     assert not unet.training and all(parameter.requires_grad for parameter in unet.parameters())
@@ -64,7 +65,7 @@ def test_any_pipeline_gives_what_diffusers_ddim_pipeline_would_sample_with(their
     expected = diffusers.DDIMPipeline.from_pretrained(tmp_path).scheduler
     edit_json(tmp_path / "model_index.json", _class_name=pipeline)
 
-    _, scheduler = load_pipeline_parts(tmp_path)
+    _, scheduler = load_parts(tmp_path)
 
     for name in ("beta_end", "prediction_type", "set_alpha_to_one", "clip_sample", "steps_offset"):
         assert scheduler.config[name] == expected.config[name], name
@@ -76,8 +77,8 @@ def test_components_may_have_other_names(saved, theirs):
     (saved / "scheduler").rename(saved / "noise")
     index = {"_class_name": "Own", "net": ["diffusers", "UNet2DModel"], "noise": ["diffusers", "DDPMScheduler"]}
     (saved / "model_index.json").write_text(json.dumps(index))
-    predictions_agree(load_pipeline_parts(saved)[0], theirs)
-    assert load_scheduler(saved).config.beta_end == 0.01
+    predictions_agree(load_parts(saved)[0], theirs)
+    assert DDIMScheduler.from_pretrained(saved).config.beta_end == 0.01
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -88,40 +89,42 @@ def test_flat_layout(saved, theirs, with_index):
     (saved / "scheduler").rmdir()
     if not with_index:
         (saved / "model_index.json").unlink()
-    unet, scheduler = load_pipeline_parts(saved)
+    unet, scheduler = load_parts(saved)
     predictions_agree(unet, theirs)
     assert scheduler.config.beta_end == 0.01
 
 
 def test_components_in_folders_win_over_flat_ones(saved, theirs, tiny_config):
     diffusers.UNet2DModel(**tiny_config).save_pretrained(saved)
-    predictions_agree(load_pipeline_parts(saved)[0], theirs)
+    predictions_agree(load_parts(saved)[0], theirs)
 
 
 def test_a_pipeline_in_a_subfolder(saved, theirs):
-    predictions_agree(load_pipeline_parts(saved.parent, subfolder="saved")[0], theirs)
-    predictions_agree(load_unet(saved.parent, subfolder="saved/unet/"), theirs)
+    predictions_agree(load_parts(saved.parent, subfolder="saved")[0], theirs)
+    predictions_agree(UNet2DModel.from_pretrained(saved.parent, subfolder="saved/unet/"), theirs)
 
 
 def test_unet_and_scheduler_load_from_their_own_folder_or_the_pipelines(saved, theirs):
     for path in (saved, saved / "unet"):
-        predictions_agree(load_unet(path), theirs)
+        predictions_agree(UNet2DModel.from_pretrained(path), theirs)
     for path in (saved, saved / "scheduler"):
-        assert load_scheduler(path).config.beta_end == 0.01
+        assert DDIMScheduler.from_pretrained(path).config.beta_end == 0.01
 
 
 def test_from_pretrained_takes_config_entries(saved):
     assert UNet2DModel.from_pretrained(saved, dropout=0.25).config.dropout == 0.25
     assert DDIMScheduler.from_pretrained(saved, clip_sample=False).config.clip_sample is False
     with pytest.raises(TypeError, match="torch_dtyp: neither an option of from_pretrained nor"):
-        load_unet(saved, torch_dtyp=torch.float16)
+        UNet2DModel.from_pretrained(saved, torch_dtyp=torch.float16)
 
 
 def test_weights_are_float32_on_the_cpu_unless_asked_otherwise(theirs, tmp_path):
     theirs.half().save_pretrained(tmp_path)
-    assert {p.dtype for p in load_unet(tmp_path).parameters()} == {torch.float32}
-    assert {p.dtype for p in load_unet(tmp_path, torch_dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    assert {p.device.type for p in load_unet(tmp_path, device="meta").parameters()} == {"meta"}
+    assert {p.dtype for p in UNet2DModel.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+    assert {p.device.type for p in UNet2DModel.from_pretrained(tmp_path, device="meta").parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -137,7 +140,7 @@ def test_attention_weights_under_their_old_names(saved, theirs, safe):
         save_file(state, path)
     else:
         torch.save(state, path.with_suffix(".bin"))
-    predictions_agree(load_pipeline_parts(saved)[0], theirs)
+    predictions_agree(load_parts(saved)[0], theirs)
 
 
 def test_config_and_names_of_the_first_release(saved, theirs):
@@ -169,7 +172,7 @@ def test_config_and_names_of_the_first_release(saved, theirs):
     edit_json(saved / "scheduler/scheduler_config.json", timesteps=1000, tensor_format="pt")
     edit_json(saved / "model_index.json", unet=["diffusers", "UNetUnconditionalModel"])
 
-    unet, scheduler = load_pipeline_parts(saved)
+    unet, scheduler = load_parts(saved)
 
     predictions_agree(unet, theirs)
     assert unet.config.layers_per_block == 1 and unet.config["_class_name"] == "UNet2DModel"
@@ -180,11 +183,11 @@ def test_safetensors_come_before_bin_and_an_index_before_one_file(theirs, tmp_pa
     worse = diffusers.UNet2DModel(**tiny_config)
     worse.save_pretrained(tmp_path, safe_serialization=False)
     theirs.save_pretrained(tmp_path)
-    predictions_agree(load_unet(tmp_path), theirs)
-    predictions_agree(load_unet(tmp_path, use_safetensors=False), worse)
+    predictions_agree(UNet2DModel.from_pretrained(tmp_path), theirs)
+    predictions_agree(UNet2DModel.from_pretrained(tmp_path, use_safetensors=False), worse)
     best = diffusers.UNet2DModel(**tiny_config)
     best.save_pretrained(tmp_path, max_shard_size="4KB")
-    predictions_agree(load_unet(tmp_path), best)
+    predictions_agree(UNet2DModel.from_pretrained(tmp_path), best)
     predictions_agree(diffusers.UNet2DModel.from_pretrained(tmp_path), best)
 
 
@@ -194,14 +197,14 @@ def test_links_as_the_hubs_cache_makes_them_are_followed(saved, theirs, tmp_path
     for number, file in enumerate(sorted(path for path in saved.rglob("*") if path.is_file())):
         file.rename(blobs / str(number))
         file.symlink_to(blobs / str(number))
-    predictions_agree(load_pipeline_parts(saved)[0], theirs)
+    predictions_agree(load_parts(saved)[0], theirs)
 
 
 def test_other_components_are_named_and_left_alone(saved, theirs, caplog):
     log_once.cache_clear()
     edit_json(saved / "model_index.json", vae=["diffusers", "AutoencoderKL"], safety_checker=[None, None])
     with caplog.at_level(logging.WARNING):
-        predictions_agree(load_pipeline_parts(saved)[0], theirs)
+        predictions_agree(load_parts(saved)[0], theirs)
     assert "not vae" in caplog.text and "safety_checker" not in caplog.text
 
 
@@ -219,7 +222,7 @@ def test_buffers_that_no_file_holds_are_real(tmp_path, tiny_config):
     }
     theirs = diffusers.UNet2DModel(**config).eval()
     theirs.save_pretrained(tmp_path)
-    unet = load_unet(tmp_path)
+    unet = UNet2DModel.from_pretrained(tmp_path)
     assert not any(tensor.is_meta for tensor in [*unet.parameters(), *unet.buffers()])
     x, sigma = torch.randn(1, 3, 8, 8), torch.tensor([0.5])
     with torch.no_grad():
@@ -228,7 +231,7 @@ def test_buffers_that_no_file_holds_are_real(tmp_path, tiny_config):
 
 def test_loading_draws_no_random_numbers_and_leaves_module_building_alone(saved):
     torch.manual_seed(5)
-    load_pipeline_parts(saved)
+    load_parts(saved)
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
@@ -258,9 +261,9 @@ def test_weights_take_memory_once(tmp_path, tiny_config):
     size = sum(parameter.numel() * 4 for parameter in large.parameters()) / 1024
     save_unet(large, tmp_path)
     assert size > 20_000
-    assert extra_memory(lambda: load_unet(tmp_path)) < 1.4 * size
+    assert extra_memory(lambda: UNet2DModel.from_pretrained(tmp_path)) < 1.4 * size
     # The file's pages, which the system can drop at any time, and the float64 copy.
-    assert extra_memory(lambda: load_unet(tmp_path, torch_dtype=torch.float64)) < 3.4 * size
+    assert extra_memory(lambda: UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.float64)) < 3.4 * size
 
 
 def test_download_of_a_folder_is_the_folder(saved):
@@ -270,7 +273,7 @@ def test_download_of_a_folder_is_the_folder(saved):
 def test_what_exists_here_wins_over_the_bundled_model(theirs, tmp_path, monkeypatch):
     diffusers.DDIMPipeline(theirs, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "ddim-fast/digits")
     monkeypatch.chdir(tmp_path)
-    predictions_agree(load_pipeline_parts("ddim-fast/digits")[0], theirs)
+    predictions_agree(load_parts("ddim-fast/digits")[0], theirs)
 
 
 def test_a_bundled_model_loads_without_a_network(saved, theirs, tmp_path, monkeypatch):
@@ -279,5 +282,5 @@ def test_a_bundled_model_loads_without_a_network(saved, theirs, tmp_path, monkey
     saved.rename(tmp_path / "digits")
     monkeypatch.setattr(source, "BUNDLED", tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("asked the Hub"))
-    predictions_agree(load_pipeline_parts("ddim-fast/digits")[0], theirs)
+    predictions_agree(load_parts("ddim-fast/digits")[0], theirs)
     assert download("ddim-fast/digits") == tmp_path / "digits"

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from parts import load_parts
 from safetensors.torch import save_file
 
-from ddim_fast.checkpoints import load_original, load_pipeline_parts, load_scheduler, load_unet, save_pipeline
+from ddim_fast.checkpoints import read_original, save_pipeline
+from ddim_fast.scheduler import DDIMScheduler
+from ddim_fast.unet import UNet2DModel
+from ddim_fast.unet.loading import build_unet
 
 CHANNELS, MULTIPLIERS, LAYERS, ATTENTION_LEVEL = 32, (1, 2, 2), 1, 1
 
@@ -129,6 +133,10 @@ def state():
     }
 
 
+def build(stored, device="cpu"):
+    return build_unet(UNet2DModel, stored.unet, dtype=torch.float32, device=torch.device(device))
+
+
 def predicts_as(unet, state):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([3, 871])
@@ -138,7 +146,7 @@ def predicts_as(unet, state):
 
 def test_the_network_predicts_as_the_original_one(state, tmp_path):
     torch.save(state, tmp_path / "model.ckpt")
-    unet, scheduler = load_pipeline_parts(tmp_path / "model.ckpt")
+    unet, scheduler = load_parts(tmp_path / "model.ckpt")
     predicts_as(unet, state)
     assert unet.config.sample_size == 32 and not unet.training
     assert scheduler.config.clip_sample is False
@@ -149,10 +157,10 @@ def test_the_network_predicts_as_the_original_one(state, tmp_path):
 def test_every_way_of_loading_takes_the_file(state, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    predicts_as(load_unet(path), state)
-    predicts_as(load_original(str(path))[0], state)
-    assert load_scheduler(path).config == load_pipeline_parts(path)[1].config
-    assert load_pipeline_parts(path, torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    predicts_as(UNet2DModel.from_pretrained(path), state)
+    predicts_as(build(read_original(str(path))), state)
+    assert DDIMScheduler.from_pretrained(path).config == load_parts(path)[1].config
+    assert load_parts(path, torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kept_average", [True, False])
@@ -161,14 +169,13 @@ def test_training_states_give_the_moving_average_if_there_is_one(state, tmp_path
     states = [model, {"state": {}, "param_groups": [{"lr": 2e-4}]}, 100, 5000, *([state] if kept_average else [])]
     torch.save(states, tmp_path / "ckpt.pth")
     expected = state if kept_average else {name: tensor / 2 for name, tensor in state.items()}
-    unet, _ = load_original(tmp_path / "ckpt.pth")
-    predicts_as(unet, expected)
+    predicts_as(build(read_original(tmp_path / "ckpt.pth")), expected)
 
 
 def test_a_converted_network_saves_as_an_ordinary_pipeline(state, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.save(state, tmp_path / "model.ckpt")
-    save_pipeline(*load_pipeline_parts(tmp_path / "model.ckpt"), tmp_path / "pipe")
+    save_pipeline(*load_parts(tmp_path / "model.ckpt"), tmp_path / "pipe")
     predicts_as(diffusers.DDIMPipeline.from_pretrained(tmp_path / "pipe").unet, state)
 
 
@@ -188,12 +195,12 @@ def test_the_released_networks_are_recognized(tmp_path, config, size, multiplier
     zero = torch.zeros(1)
     torch.save({name: zero.expand(shape) for name, shape in shapes.items()}, tmp_path / "model.ckpt")
     for named in (config, "auto"):
-        unet, _ = load_original(tmp_path / "model.ckpt", named, device="meta")
+        unet = build(read_original(tmp_path / "model.ckpt", named), device="meta")
         assert unet.config.sample_size == size
         assert unet.num_parameters() == parameters
     wrong = "celeba" if config != "celeba" else "cifar10"
     with pytest.raises(ValueError, match=rf"is not a {wrong} network: found channels \(128, .* expected \(128,"):
-        load_original(tmp_path / "model.ckpt", wrong, device="meta")
+        read_original(tmp_path / "model.ckpt", wrong)
 
 
 def test_other_files_are_refused_with_a_hint(state, tmp_path):
@@ -201,16 +208,16 @@ def test_other_files_are_refused_with_a_hint(state, tmp_path):
     with pytest.raises(
         ValueError, match=r"a.ckpt is not a network of the original .*'conv_in.weight'.*give the folder"
     ):
-        load_pipeline_parts(tmp_path / "a.ckpt")
+        load_parts(tmp_path / "a.ckpt")
     torch.save({"epoch": 3}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match=r"b.ckpt must hold a network .* found a dict with the entries 'epoch'"):
-        load_pipeline_parts(tmp_path / "b.ckpt")
+        load_parts(tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="config='cifar' must be 'auto' or one of 'cifar10'"):
-        load_original(tmp_path / "a.ckpt", "cifar")
+        read_original(tmp_path / "a.ckpt", "cifar")
     torch.save({name: tensor for name, tensor in state.items() if "attn" not in name}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="attention at 0 resolutions"):
-        load_original(tmp_path / "c.ckpt")
+        read_original(tmp_path / "c.ckpt")
     del state["mid.block_2.conv2.bias"]
     torch.save(state, tmp_path / "d.ckpt")
     with pytest.raises(ValueError, match=r"d.ckpt.*missing: mid_block.resnets.1.conv2.bias"):
-        load_original(tmp_path / "d.ckpt")
+        build(read_original(tmp_path / "d.ckpt"))

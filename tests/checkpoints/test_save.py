@@ -7,18 +7,11 @@ import signal
 
 import pytest
 import torch
+from parts import load_parts
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddim_fast.checkpoints import (
-    atomic,
-    load_pipeline_parts,
-    load_unet,
-    save,
-    save_pipeline,
-    save_scheduler,
-    save_unet,
-)
+from ddim_fast.checkpoints import atomic, save, save_pipeline, save_scheduler, save_unet
 from ddim_fast.scheduler import DDIMScheduler
 from ddim_fast.unet import UNet2DModel
 
@@ -96,7 +89,7 @@ def test_a_scheduler_of_ours_brings_no_warning_in_diffusers(diffusers, tmp_path,
 def test_what_diffusers_does_not_know_survives_our_own_round_trip(unet, tmp_path):
     scheduler = DDIMScheduler(timestep_spacing="quad", previous_timestep="schedule", trained_betas=[0.1] * 1000)
     save_pipeline(unet, scheduler, tmp_path)
-    _, again = load_pipeline_parts(tmp_path)
+    _, again = load_parts(tmp_path)
     for name, value in scheduler.config.items():
         assert again.config[name] == value, name
     assert torch.equal(again.betas, scheduler.betas)
@@ -106,14 +99,14 @@ def test_saving_the_parts_of_a_diffusers_pipeline(diffusers, tiny_config, same_w
     theirs = diffusers.UNet2DModel(**tiny_config)
     save_pipeline(theirs, diffusers.PNDMScheduler(), tmp_path)
     same_weights(diffusers.PNDMPipeline.from_pretrained(tmp_path).unet, theirs)
-    same_weights(load_pipeline_parts(tmp_path)[0], theirs)
+    same_weights(load_parts(tmp_path)[0], theirs)
 
 
 def test_weights_keep_their_dtype_and_any_memory_layout(unet, same_weights, tmp_path):
     unet = unet.half().to(memory_format=torch.channels_last)
     save_unet(unet, tmp_path)
     assert load_file(tmp_path / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
-    same_weights(load_unet(tmp_path, torch_dtype=torch.float16), unet)
+    same_weights(UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.float16), unet)
 
 
 def test_an_entry_that_json_cannot_hold_is_named(unet, tmp_path):
@@ -168,8 +161,8 @@ def test_weights_of_an_earlier_save_do_not_linger(unet, other, same_weights, tmp
     save_unet(unet, tmp_path, **earlier)
     save_unet(unet, tmp_path, variant="fp16")
     save_unet(other, tmp_path, **later)
-    same_weights(load_unet(tmp_path), other)
-    same_weights(load_unet(tmp_path, variant="fp16"), unet)
+    same_weights(UNet2DModel.from_pretrained(tmp_path), other)
+    same_weights(UNet2DModel.from_pretrained(tmp_path, variant="fp16"), unet)
     save_unet(other, tmp_path / "fresh", **later)
     assert set(os.listdir(tmp_path)) - {"fresh"} == {
         *os.listdir(tmp_path / "fresh"),
@@ -190,8 +183,8 @@ def test_saving_through_links_leaves_what_they_point_to_alone(unet, other, same_
     for file in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
     save_unet(other, tmp_path / "snapshot")
-    same_weights(load_unet(tmp_path / "snapshot"), other)
-    same_weights(load_unet(tmp_path / "blobs"), unet)
+    same_weights(UNet2DModel.from_pretrained(tmp_path / "snapshot"), other)
+    same_weights(UNet2DModel.from_pretrained(tmp_path / "blobs"), unet)
 
 
 class TestInterrupted:
@@ -207,7 +200,7 @@ class TestInterrupted:
         save_pipeline(other, DDIMScheduler(beta_end=0.01), folder, max_shard_size="90KB")
 
     def is_whole(self, folder, expected, beta_end, same_weights):
-        loaded, scheduler = load_pipeline_parts(folder)
+        loaded, scheduler = load_parts(folder)
         same_weights(loaded, expected)
         assert scheduler.config.beta_end == beta_end
         assert (folder / "notes.txt").read_text() == "mine"
@@ -245,7 +238,7 @@ class TestInterrupted:
             if self.survives(other, target, deadline):
                 break
             # A reader of the network alone must not see half of a commit to the pipeline's folder, either.
-            first = load_unet(target / "unet" if deadline % 2 else target)
+            first = UNet2DModel.from_pretrained(target / "unet" if deadline % 2 else target)
             is_new = torch.equal(first.conv_in.weight, other.conv_in.weight)
             outcomes.append(is_new)
             self.is_whole(target, other if is_new else unet, 0.01 if is_new else 0.02, same_weights)

@@ -1,0 +1,82 @@
+"""A network from what is stored of it, without a second copy of its weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import StoredNetwork
+from ..checkpoints.weights import check_fit
+
+if TYPE_CHECKING:
+    from .model import UNet2DModel
+
+U = TypeVar("U", bound="UNet2DModel")
+
+
+def build_unet(
+    kind: type[U],
+    stored: StoredNetwork,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+) -> U:
+    """A `kind` in eval mode, with the stored config, `overrides` in place of its entries, and the stored weights.
+
+    The tensors of `stored` are used up. Raises `ValueError`, naming the file, if no network can be built from the
+    config, or if the weights are not exactly those of the network.
+    """
+    try:
+        with parameters_on_meta():
+            unet = kind.from_config(stored.config, **(overrides or {}))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{stored.where} describes no network that can be built: {error}") from error
+    fill(unet, stored, dtype, device)
+    return unet.eval()
+
+
+def check_target(
+    torch_dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of the weights, by default float32 and the CPU; raises `TypeError` for another dtype."""
+    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise TypeError(f"torch_dtype must be a floating point dtype such as torch.float16, got {torch_dtype!r}")
+    return torch_dtype or torch.float32, torch.device("cpu" if device is None else device)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built in this thread get parameters without memory or initial values; buffers stay real."""
+    owner = threading.get_ident()
+
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or threading.get_ident() != owner:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fill(module: nn.Module, stored: StoredNetwork, dtype: torch.dtype, device: torch.device) -> None:
+    """Make the stored tensors the weights of `module`, converted one by one. They are used up.
+
+    Raises `ValueError` naming the file, the names and the shapes if names are missing, left over, or of another shape.
+    """
+    state: dict[str, Tensor] = stored.tensors
+    expected = module.state_dict()
+    check_fit(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, stored.origin)
+    for name in list(state):
+        tensor = state.pop(name)
+        expected[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    module.load_state_dict(expected, strict=True, assign=True)
+    module.to(device, dtype)
