@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..once import log_once
-from .convs import biases_fold
+from .convs import fuses_bias
 from .forward import fused_forward
 from .graph import GraphCache, capture, product_settings
 from .loop import Predict, Run, initial_state, predict_fused, predict_plain, time_rows
@@ -58,7 +58,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 def compile_predict(run: Run, options: dict[str, Any]) -> Predict:
     """What predicts a step by the compiled forward."""
-    if run.packed is not None and not biases_fold(run.latents):
+    if run.packed is not None and not fuses_bias(run.latents):
         return predict_fused(run.packed, compile_fused(run.packed, options))
     return predict_plain(run.unet, compile_module(run.unet, options))
 

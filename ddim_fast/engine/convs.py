@@ -56,7 +56,7 @@ class Activation:
     stats: Tensor | None = None
 
 
-def biases_fold(x: Tensor) -> bool:
+def fuses_bias(x: Tensor) -> bool:
     """Whether products of `x` add their biases themselves: where no kernel of ours follows them."""
     from ..kernels.launch import use_triton
 
@@ -74,7 +74,7 @@ def pack_conv(module: nn.Conv2d, pad_right_bottom: bool = False, exact: bool = F
         weight, padding, pad_right_bottom = padded_weight(weight), 1, False
     elif weight.is_cuda:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    elif biases_fold(weight) and module.kernel_size == (3, 3) and (pad_right_bottom or padding == 1):
+    elif fuses_bias(weight) and module.kernel_size == (3, 3) and (pad_right_bottom or padding == 1):
         cpu = cpu_conv.pack_conv3x3(weight, module.stride[0], pad_right_bottom)
     return Conv(weight, float_bias(module), module.stride[0], padding, pad_right_bottom, cpu, exact)
 
@@ -88,7 +88,7 @@ def float_bias(module: nn.Conv2d) -> Tensor:
 def pack_upsample_conv(module: nn.Conv2d, exact: bool = False) -> UpsampleConv:
     """Pack a 3x3 convolution that follows nearest 2x upsampling."""
     weight, bias = module.weight.detach(), float_bias(module)
-    if biases_fold(weight):
+    if fuses_bias(weight):
         return UpsampleConv(None, bias, cpu_conv.pack_upsample_conv(weight), exact)
     return UpsampleConv(phase_weight(weight), bias, None, exact)
 
@@ -116,7 +116,7 @@ def bare(x: Tensor, conv: Conv, bias: Tensor | None = None) -> Tensor:
 def conv_before_norm(x: Tensor, conv: Conv | UpsampleConv, vector: Tensor) -> tuple[Tensor, Tensor | None]:
     """Convolve and add `vector`, float32 (Cout,) or (B, Cout); or leave it: (output, what the norm must add)."""
     if conv.cpu is not None:
-        return cpu_conv.conv3x3(x, conv.cpu, bias=vector, exact=conv.exact, passing=True), None
+        return cpu_conv.conv3x3(x, conv.cpu, bias=vector, exact=conv.exact, reuse_buffer=True), None
     if isinstance(conv, UpsampleConv):
         from ..kernels import interleave
 
@@ -152,7 +152,7 @@ def conv_to_residual(
 
 def conv_alone(x: Tensor, conv: Conv) -> Activation:
     """conv(x) + its bias, with statistics."""
-    if biases_fold(x):
+    if fuses_bias(x):
         return Activation(bare(x, conv, conv.bias))
     from ..kernels import add_residual
 

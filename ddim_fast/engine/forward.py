@@ -12,10 +12,10 @@ from .convs import (
     Activation,
     UpsampleConv,
     bare,
-    biases_fold,
     conv_alone,
     conv_before_norm,
     conv_to_residual,
+    fuses_bias,
     upsample_conv,
 )
 from .cpu import linear as cpu_linear
@@ -75,7 +75,7 @@ def apply_norm(
     shift: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm of x, or of x and skip read as one, with what the kernel can do on the way."""
-    if biases_fold(x.data) and x.data.dtype == torch.float32:
+    if fuses_bias(x.data) and x.data.dtype == torch.float32:
         return cpu_norm.group_norm_silu(
             x.data,
             norm.weight,
@@ -87,7 +87,7 @@ def apply_norm(
             scale=scale,
             shift=shift,
             silu=silu,
-            passing=True,
+            reuse_buffer=True,
         )
     from ..kernels import group_norm
 

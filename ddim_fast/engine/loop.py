@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..noise import draw_seeds, randn_tensor
-from .cpu.winograd import workspace
+from .cpu.workspace import workspace
 from .forward import fused_forward, time_table
 from .layout import nchw
 from .pack import PackedUNet

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convs import Conv, UpsampleConv, biases_fold, pack_conv, pack_upsample_conv
+from .convs import Conv, UpsampleConv, fuses_bias, pack_conv, pack_upsample_conv
 from .cpu.linear import PackedLinear
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
         mid = None if unet.mid_block is None else packer.middle(unet.mid_block)
         up = tuple(packer.stage(block, "upsamplers") for block in unet.up_blocks)
         norm_out = _norm(unet.conv_norm_out)
-        if not biases_fold(norm_out.weight):
+        if not fuses_bias(norm_out.weight):
             up, norm_out = leave_biases(up, norm_out)
         projections = packer.projections
         return PackedUNet(
@@ -192,7 +192,7 @@ def _norm(norm: nn.GroupNorm) -> Norm:
 
 def matrix(*weights: Tensor) -> Matrix:
     """`weights`, each (Cout, Cin), one below another, for `forward.linear`; on the CPU nothing is copied yet."""
-    if biases_fold(weights[0]):
+    if fuses_bias(weights[0]):
         return PackedLinear(tuple(weight.detach() for weight in weights))
     return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
 

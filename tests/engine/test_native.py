@@ -13,7 +13,8 @@ from ddim_fast.engine.cpu import native, winograd
 from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv
 from ddim_fast.engine.cpu.linear import PackedLinear, linear
 from ddim_fast.engine.cpu.norm import group_norm_silu
-from ddim_fast.engine.cpu.winograd import LARGE, WinogradWeight, Workspace, winograd_conv3x3
+from ddim_fast.engine.cpu.winograd import WinogradWeight, winograd_conv3x3
+from ddim_fast.engine.cpu.workspace import LARGE, Workspace
 from ddim_fast.engine.forward import fused_forward, time_table
 from ddim_fast.engine.pack import pack
 

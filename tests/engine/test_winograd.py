@@ -10,6 +10,7 @@ from torch import Tensor
 from ddim_fast.engine.cpu import native, winograd
 from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv, upsample_conv
 from ddim_fast.engine.cpu.winograd import WinogradWeight, winograd_conv3x3
+from ddim_fast.engine.cpu.workspace import workspace
 
 
 def reference(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
@@ -195,13 +196,13 @@ def test_half_precision_goes_to_the_direct_convolution():
 def test_buffers_do_not_grow_with_calls():
     x, packed = torch.randn(1, 32, 32, 32), pack_conv3x3(torch.randn(32, 32, 3, 3))
     conv3x3(x, packed)
-    before = {name: buffer.data_ptr() for name, buffer in winograd.workspace.buffers.items()}
+    before = {name: buffer.data_ptr() for name, buffer in workspace.buffers.items()}
 
     for _ in range(3):
         conv3x3(x, packed)
 
     assert before
-    assert {name: buffer.data_ptr() for name, buffer in winograd.workspace.buffers.items()} == before
+    assert {name: buffer.data_ptr() for name, buffer in workspace.buffers.items()} == before
 
 
 @pytest.mark.parametrize("into_residual", [False, True])

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from ..layout import nchw, nhwc, phase_weight
 from . import native
-from .winograd import (
-    WinogradWeight,
-    block_tiles,
-    has_onednn,
-    native_block,
-    native_group,
-    winograd_conv3x3,
-    workspace,
-)
+from .onednn import has_onednn
+from .winograd import WinogradWeight, block_tiles, native_block, native_group, winograd_conv3x3
+from .workspace import workspace
 
 
 @dataclass
@@ -133,7 +127,7 @@ def conv3x3(
     output_scale_factor: float = 1.0,
     out: Tensor | None = None,
     exact: bool = False,
-    passing: bool = False,
+    reuse_buffer: bool = False,
 ) -> Tensor:
     """(conv(x) + bias + residual) / output_scale_factor for a 3x3 filter.
 
@@ -145,7 +139,7 @@ def conv3x3(
         output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
         out: (B, H', W', Cout) to write to, each image dense.
         exact: keep to the direct conv, whose rounding error is 2 to 4 times smaller than Winograd's.
-        passing: the result is read before this thread calls again, so its memory may serve the next call.
+        reuse_buffer: the result is read before this thread calls again, so its memory may serve the next call.
 
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
@@ -164,7 +158,7 @@ def conv3x3(
     direct = native.usable(x, bias, residual, out) and runs_in_c(packed.upsample)
     if out is None and (winograd or direct):
         size = batch, *output_size(packed, height, width), out_channels
-        out = workspace.take("convolved", *size) if passing else workspace.fresh(*size)
+        out = workspace.take("convolved", *size) if reuse_buffer else workspace.fresh(*size)
     if winograd:
         bias = None if bias is None else bias.float()
         return winograd_conv3x3(

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .winograd import has_onednn, workspace
+from .onednn import has_onednn
+from .workspace import workspace
 
 ONCE = ([0, 0], [1, 1], [1, 1], 1)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...once import log_once
+from .workspace import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ PANEL = 32
 FEW = 15
 # Rows of a product that a thread takes together.
 ROWS = 128
-# Whatever the process's default dtype and device are: the kernels write by address.
-PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 class _Conv(ctypes.Structure):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .winograd import workspace
+from .workspace import workspace
 
 SAMPLES = 32
 # mean² over E[x²] above which a single input is centred first: a mean of 7 standard deviations costs two digits.
@@ -31,7 +31,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
-    passing: bool = False,
+    reuse_buffer: bool = False,
 ) -> Tensor:
     """GroupNorm of concat([x, x2], -1) + add, then y * (1 + scale) + shift, then SiLU where `silu`.
 
@@ -39,7 +39,7 @@ def group_norm_silu(
         x, x2: (B, H, W, C1) and (B, H, W, C2), float32 on the CPU, each image dense.
         weight, bias: float32 (C1 + C2,).
         add, scale, shift: float32 (C1 + C2,) or (B, C1 + C2).
-        passing: the result is read before this thread calls again, so its memory may serve the next call.
+        reuse_buffer: the result is read before this thread calls again, so its memory may serve the next call.
 
     Returns:
         (B, H, W, C1 + C2).
@@ -50,7 +50,7 @@ def group_norm_silu(
         return x.new_empty(batch, height, width, channels)
     if native.usable(x, weight, bias, x2, add, scale, shift):
         work = workspace.take("norm", native.work_size(batch, height * width, channels))
-        take = partial(workspace.take, "normed") if passing else workspace.fresh
+        take = partial(workspace.take, "normed") if reuse_buffer else workspace.fresh
         out = take(batch, height, width, channels)
         native.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work, out)
         return out

@@ -11,29 +11,23 @@ before the tile and only its last one the pixel behind it, so edges need no padd
 are one grouped 1x1 conv of oneDNN, which runs at its matrix product's rate.
 """
 
-import math
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import native
-from .native import PLAIN
+from .caches import cache_bytes, own_cache_bytes
+from .onednn import has_onednn
+from .workspace import PLAIN, keep_heap, workspace
 
 TILE = 4
-DEFAULT_CACHE, DEFAULT_OWN_CACHE = 8 << 20, 1 << 20
 # For fewer rows oneDNN wants the weights in another order, and reorders at every call what it finds in the wrong one.
 SETTLED_ROWS = 64
 # What a thread of the C kernel multiplies with filters that it transformed once: beyond 128 tiles their share of the
 # time is small, and below 8 the product is slower than what a thread more can win.
 LEAST_GROUP, LEAST_ALONE, GROUP = 8, 32, 128
-# Floats from which on glibc maps a block anew at every allocation.
-LARGE = 30 << 18
 
 FILTER = (
     (1 / 4, 0, 0),
@@ -67,93 +61,6 @@ class WinogradWeight:
     def taps(self) -> int:
         """Transformed taps a side."""
         return len(UPSAMPLE_FILTER if self.upsample else FILTER)
-
-
-@cache
-def has_onednn() -> bool:
-    """Whether PyTorch offers oneDNN's convolutions on packed weights.
-
-    Their matrix products reach 200 GFLOP/s on a Zen 5 core, where MKL keeps to AVX2 and 95.
-    """
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
-def cache_sizes() -> dict[int, int]:
-    """Bytes of the caches by their level, as Linux tells them."""
-    sizes: dict[int, int] = {}
-    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        try:
-            text, level = entry.read_text().strip(), entry.with_name("level").read_text().strip()
-        except OSError:
-            continue
-        if text[:-1].isdigit() and text[-1] in "KM" and level.isdigit():
-            size = int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
-            sizes[int(level)] = max(size, sizes.get(int(level), 0))
-    return sizes
-
-
-@cache
-def own_cache_bytes() -> int:
-    """Bytes of a core's second-level cache; 1 MiB where the machine does not tell."""
-    return cache_sizes().get(2, DEFAULT_OWN_CACHE)
-
-
-@cache
-def cache_bytes() -> int:
-    """Bytes of the last-level cache as the machine tells them; 8 MiB where it does not."""
-    sizes = list(cache_sizes().values())
-    for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
-        if not sizes and name in getattr(os, "sysconf_names", {}):
-            sizes.append(os.sysconf(name))
-    return max([size for size in sizes if size > 0], default=DEFAULT_CACHE)
-
-
-@cache
-def _keep_heap() -> None:
-    """Free one large block, so that glibc serves later ones up to its size from the heap, without page faults."""
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
-
-class Workspace(threading.local):
-    """Buffers that serve again and again, since fresh memory costs a page fault for every 4 KiB; one set a thread."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-        self.large: list[Tensor] = []
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The buffer `name`, which grows to its largest shape; what it held before is overwritten."""
-        count = math.prod(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < count:
-            with torch.inference_mode(False):
-                buffer = self.buffers[name] = torch.empty(count, **PLAIN)
-        return buffer[:count].view(shape)
-
-    def fresh(self, *shape: int) -> Tensor:
-        """A tensor that nothing else uses: the memory of an earlier one of this size that nothing refers to any more.
-
-        Small ones are left to the allocator, which keeps their memory at hand itself.
-        """
-        count = math.prod(shape)
-        if count < LARGE or not hasattr(torch._C, "_storage_Use_Count"):
-            return torch.empty(shape, **PLAIN)
-        for buffer in self.large:
-            storage = buffer.untyped_storage()
-            # Held by `buffer` and by `storage` alone.
-            if buffer.numel() == count and torch._C._storage_Use_Count(storage._cdata) == 2:
-                return buffer.view(shape)
-        with torch.inference_mode(False):
-            self.large.append(torch.empty(count, **PLAIN))
-        return self.large[-1].view(shape)
-
-    def release(self) -> None:
-        """Give back the memory of the large tensors; those in use stay with who uses them."""
-        self.large.clear()
-        self.buffers = {name: buffer for name, buffer in self.buffers.items() if buffer.numel() < LARGE}
-
-
-workspace = Workspace()
 
 
 def _pack(weight: WinogradWeight, rows: int) -> Tensor:
@@ -321,7 +228,7 @@ def winograd_conv3x3(
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
     """
-    _keep_heap()
+    keep_heap()
     batch, height, width, channels = x.shape
     step = TILE // 2 if weight.upsample else TILE
     grow = TILE // step
