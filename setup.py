@@ -1,3 +1,4 @@
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,15 +10,19 @@ parquet = ["pyarrow"]
 plots = ["matplotlib"]
 ray = ["ray[data]"]
 test = [
-    *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"),
+    *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "clang-format"),
     *(*peers, *webdataset, *parquet, *plots, *ray, "datasets"),
 ]
 
+cpu = Path("ddim_fast/engine/cpu")
+constants = runpy.run_path(str(cpu / "constants.py"))
 # Without a C compiler the installation goes on, and PyTorch's operators take the place of these kernels.
 cpu_kernels = Extension(
     "ddim_fast.engine.cpu._kernels",
-    sorted(str(path) for path in Path("ddim_fast/engine/cpu").glob("*.c")),
-    depends=sorted(str(path) for path in Path("ddim_fast/engine/cpu").glob("*.h")),
+    sorted(str(path) for path in cpu.glob("*.c")),
+    # The variants include other C files.
+    depends=[*sorted(str(path) for path in cpu.glob("*.[ch]")), str(cpu / "constants.py")],
+    define_macros=[(name, str(value)) for name, value in constants.items() if name.isupper()],
     extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
     libraries=[] if sys.platform == "win32" else ["m"],
     optional=True,

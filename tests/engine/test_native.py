@@ -9,7 +9,7 @@ import torch
 
 from ddim_fast import DDIMPipeline, UNet2DModel
 from ddim_fast.engine import packed_unet
-from ddim_fast.engine.cpu import native, winograd
+from ddim_fast.engine.cpu import calls, native, structures, winograd
 from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv
 from ddim_fast.engine.cpu.linear import PackedLinear, linear
 from ddim_fast.engine.cpu.norm import group_norm_silu
@@ -31,13 +31,13 @@ def test_a_library_of_another_version_is_not_called():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["_Conv", "_Norm"])
+@pytest.mark.parametrize("name", structures.STRUCTURES)
 def test_a_library_with_other_structures_is_not_called(monkeypatch, name):
-    class Longer(getattr(native, name)):
+    class Longer(structures.STRUCTURES[name]):
         _fields_ = (("more", ctypes.c_int64),)
 
     assert native.is_current(native.library())
-    monkeypatch.setattr(native, name, Longer)
+    monkeypatch.setitem(structures.STRUCTURES, name, Longer)
     assert not native.is_current(native.library())
 
 
@@ -47,8 +47,33 @@ def test_a_library_of_another_revision_is_not_called(monkeypatch):
     assert not native.is_current(native.library())
 
 
-@pytest.fixture(params=[False, True], ids=["shared", "alone"])
-def alone(request, monkeypatch):
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    {
+        "x": torch.zeros(2, 8, dtype=torch.float64),
+        "filters": torch.zeros(1, 7, 32),
+        "bias": torch.zeros(6),
+        "residual": torch.zeros(5, 2).t(),
+        "out": torch.zeros(2, 10)[:, ::2],
+    }.items(),
+)
+def test_memory_that_does_not_fit_is_not_touched(name, wrong):
+    """Addresses reach C unseen, so shapes, dtypes and strides are checked before it, also under `python -O`."""
+    right = {
+        "x": torch.zeros(2, 8),
+        "filters": torch.zeros(1, 8, 32),
+        "out": torch.zeros(2, 5),
+        "bias": torch.zeros(5),
+        "residual": torch.zeros(2, 5),
+    }
+    calls.product(**right)
+    with pytest.raises(ValueError, match=f"{name} must be a dense torch.float32"):
+        calls.product(**{**right, name: wrong})
+
+
+@pytest.fixture(params=[False, True], ids=["shared", "per thread"])
+def per_thread(request, monkeypatch):
     """Whether threads take groups of 3 tiles through all steps."""
     if request.param:
         monkeypatch.setattr(winograd, "native_group", lambda tiles, *_: (3, True))
@@ -70,7 +95,7 @@ def widest():
 @needs_kernels
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("channels", [1, 16, 40])
-def test_every_instruction_set_gives_the_same_convolution(widest, upsample, channels, alone):
+def test_every_instruction_set_gives_the_same_convolution(widest, upsample, channels, per_thread):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 9, 6, channels), WinogradWeight(torch.randn(24, channels, 3, 3), upsample)
     outputs = []
@@ -114,7 +139,7 @@ def test_images_do_not_change_one_anothers_norm():
 
 @needs_kernels
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_threads_do_not_change_a_bit(batch, alone):
+def test_threads_do_not_change_a_bit(batch, per_thread):
     torch.manual_seed(0)
     x, weight, filters = torch.randn(batch, 20, 20, 32), torch.randn(32), torch.randn(80, 32, 3, 3)
     before = torch.get_num_threads()
@@ -162,7 +187,7 @@ def test_nan_and_infinity_reach_the_image_they_are_in_and_no_other():
 
 @needs_kernels
 @pytest.mark.parametrize("upsample", [False, True])
-def test_nothing_is_written_or_read_outside(upsample, alone):
+def test_nothing_is_written_or_read_outside(upsample, per_thread):
     """Memory around the input is NaN and that around the output is watched."""
     channels, out_channels, pad = 20, 12, 64
     height, width = 7, 5

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import nchw, nhwc, phase_weight
-from . import native
+from . import calls, native
+from .constants import FEW, PANEL
 from .onednn import has_onednn
 from .winograd import WinogradWeight, block_tiles, native_block, native_group, winograd_conv3x3
 from .workspace import workspace
@@ -21,7 +22,7 @@ from .workspace import workspace
 class PackedConv:
     """A 3x3 filter (Cout, Cin, 3, 3) and the packed forms made of it so far; `upsample`: behind a nearest 2x one.
 
-    With a `stride` of 2 the direct conv alone takes it; `right_bottom`: padded there only, and not all around.
+    Only the direct conv takes a `stride` of 2; `right_bottom`: padded there only, and not all around.
     """
 
     weight: Tensor
@@ -41,7 +42,8 @@ def pack_upsample_conv(weight: Tensor) -> PackedConv:
     return PackedConv(weight.detach(), upsample=True)
 
 
-# Seconds a unit of the terms below, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB L3).
+# Seconds per unit of the terms below, by `python benchmarks/fit_conv_cost.py --threads 2` on Zen 4 (AVX-512, 32 MiB
+# of L3).
 DIRECT_COST = (8.5e-12, 3.9e-9, 9.0e-12, 1.1e-4, 2.6e-4)
 WINOGRAD_COST = (9.8e-12, 5.9e-10, 0.0, 1.3e-4, 1.3e-10)
 # With PyTorch's operators in place of the C kernels (`--operators`).
@@ -53,12 +55,12 @@ def direct_terms(
 ) -> tuple[float, ...]:
     """What the time of a direct conv is made of, for an input of `height` by `width`.
 
-    Operations a thread, elements a thread that leave an upsampling's four phases, bytes of weights, calls, and calls
-    that oneDNN takes. In C many output channels go by 32.
+    Operations per thread, elements per thread that leave an upsampling's four phases, bytes of weights, calls, and
+    calls that oneDNN takes. In C many output channels go by 32.
     """
     ours = runs_in_c(upsample)
-    panels = ours and out_channels > native.FEW
-    channels = in_channels * (-(-out_channels // native.PANEL) * native.PANEL if panels else out_channels)
+    panels = ours and out_channels > FEW
+    channels = in_channels * (-(-out_channels // PANEL) * PANEL if panels else out_channels)
     pixels = batch * height * width
     taps = 16 if upsample else 9
     phased = 4 * pixels * out_channels if upsample else 0
@@ -75,8 +77,8 @@ def winograd_terms(
 ) -> tuple[float, ...]:
     """The same by Winograd, in C or by PyTorch's operators.
 
-    Operations of the products a thread, transformed elements a thread, bytes of weights, blocks of tiles; and in C the
-    filters' elements that a thread transforms. There channels go by 32, and so do the parts of the work.
+    Operations of the products per thread, transformed elements per thread, bytes of weights, blocks of tiles; and in C
+    the filters' elements that a thread transforms. There channels go by 32, and so do the parts of the work.
     """
     step, products = (2, 25) if upsample else (4, 36)
     tiles = batch * -(-height // step) * -(-width // step)
@@ -88,28 +90,30 @@ def winograd_terms(
             4 * products * channels,
             float(-(-tiles // block_tiles(in_channels, out_channels))),
         )
-    block, panels = min(tiles, native_block(in_channels)), -(-out_channels // native.PANEL)
-    group, alone = native_group(tiles, block, in_channels, out_channels, threads)
+    block, panels = min(tiles, native_block(in_channels)), -(-out_channels // PANEL)
+    group, per_thread = native_group(tiles, block, in_channels, out_channels, threads)
     groups = -(-tiles // group)
-    channels = in_channels * panels * native.PANEL
+    channels = in_channels * panels * PANEL
     used = min(threads, panels * groups)
     return (
         2 * products * tiles * channels / used,
-        products * tiles * (-(-in_channels // 16) * 16 + panels * native.PANEL) / threads,
+        products * tiles * (-(-in_channels // 16) * 16 + panels * PANEL) / threads,
         4 * 9 * channels,
-        1.0 if alone else float(-(-tiles // block)),
+        1.0 if per_thread else float(-(-tiles // block)),
         products * groups * channels / used,
     )
 
 
-def choose(batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False) -> str:
+def choose_algorithm(
+    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False
+) -> str:
     """`winograd` or `direct`: the one that takes less time by the fitted cost."""
     shape = batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads()
-    return _choose(shape, native.available())
+    return _choose_algorithm(shape, native.available())
 
 
 @cache
-def _choose(shape: tuple[int, int, int, int, int, bool, int], in_c: bool) -> str:
+def _choose_algorithm(shape: tuple[int, int, int, int, int, bool, int], in_c: bool) -> str:
     transforms = WINOGRAD_COST if in_c else OPERATORS_COST
     direct, winograd = (
         sum(count * seconds for count, seconds in zip(part, cost, strict=True))
@@ -153,7 +157,7 @@ def conv3x3(
         and packed.stride == 1
         and not packed.right_bottom
         and x.dtype == torch.float32
-        and choose(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
+        and choose_algorithm(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
     )
     direct = native.usable(x, bias, residual, out) and runs_in_c(packed.upsample)
     if out is None and (winograd or direct):
@@ -172,7 +176,7 @@ def conv3x3(
     if direct:
         assert out is not None
         padding = 0 if packed.right_bottom else 1
-        native.direct_conv3x3(x, _filters(packed), out, packed.stride, padding, bias, residual, output_scale_factor)
+        calls.direct_conv3x3(x, _filters(packed), out, packed.stride, padding, bias, residual, output_scale_factor)
         return out
     shared = None if bias is None or (bias.ndim == 2 and bias.shape[0] > 1) else bias.reshape(-1).to(x.dtype)
     result = _direct_upsample(x, packed, shared) if packed.upsample else _direct(x, packed, shared)
@@ -210,7 +214,7 @@ def _winograd(packed: PackedConv) -> WinogradWeight:
 def _filters(packed: PackedConv) -> Tensor:
     form = packed.forms.get("filters")
     if not isinstance(form, Tensor):
-        form = packed.forms["filters"] = native.pack_direct(packed.weight)
+        form = packed.forms["filters"] = calls.pack_direct(packed.weight)
     return form
 
 

@@ -1,30 +1,26 @@
-/* Direct 3x3 convolution over NHWC float32 of any stride: for each of the 9 taps a product of a row's pixels by a panel of 32
-   output channels, or for few output channels dot products over the input channels. `conv.py` chooses; `native.py` has the
-   Python side, with shapes and checks. */
+/* Direct 3x3 convolution over NHWC float32 of any stride: for each of the 9 taps a product of a row's pixels by a
+   panel of 32 output channels, or for few output channels dot products over the input channels. `conv.py` chooses;
+   `native.py` has the Python side, with shapes and checks. */
 
-#ifndef NAME
 #include "kernels.h"
 
 /* Output pixels of a row whose sums stay in the first-level cache over the 9 taps. */
 #define PIXELS 32
-/* Output channels that would leave most of a panel empty; `native.py` packs them otherwise. */
-#define FEW 15
 /* Pixels whose dot products are summed together. */
-#define BESIDE 8
+#define DOTS 8
 
 struct direct {
     /* filters: (panels, 9, in_channels, 32), or of few (9, out_channels, in_channels) */
     const float *x, *filters, *bias, *residual;
     float *out;
-    int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats an image */
+    int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats per image */
     int64_t images, height, width, in_channels;                 /* of the pixels read */
     int64_t out_height, out_width, out_channels;
     int64_t stride, padding; /* above and to the left; below and to the right what the output reaches */
     float divisor;
 };
 
-#define BODY "direct.c"
-#include "variants.h"
+#ifndef VARIANT
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_direct_size = sizeof(struct direct);
@@ -32,58 +28,57 @@ const int64_t ddim_fast_direct_size = sizeof(struct direct);
 /* (conv(x) + bias + residual) / divisor. `residual` may be `out`. */
 void ddim_fast_direct(const struct direct *direct, const struct team *team) {
     if (direct->out_channels <= FEW)
-        share(team, PICK(direct_few), direct, direct->images * direct->out_height);
+        share(team, ddim_fast_variant()->direct_few, direct, direct->images * direct->out_height);
     else
-        share(team, PICK(direct_row), direct, PARTS(direct->out_channels, PANEL) * direct->images * direct->out_height);
+        share(team, ddim_fast_variant()->direct_row, direct,
+              PARTS(direct->out_channels, PANEL) * direct->images * direct->out_height);
 }
 
 #else
 
-#include "multiply.h"
-
 /* What follows the products. */
-INLINE floats NAME(finished)(const struct direct *d, floats value, int64_t image, int64_t place, int64_t c, int64_t count) {
-    if (d->bias) value += NAME(load)(d->bias + image * d->bias_stride + c, count);
-    if (d->residual) value += NAME(load)(d->residual + image * d->residual_stride + place, count);
+INLINE floats finished(const struct direct *d, floats value, int64_t image, int64_t place, int64_t c, int64_t count) {
+    if (d->bias) value += load(d->bias + image * d->bias_stride + c, count);
+    if (d->residual) value += load(d->residual + image * d->residual_stride + place, count);
     if (d->divisor != 1) value /= d->divisor;
     return value;
 }
 
 /* The pixels of a strip of `count` from `left` on that a tap finds inside the image. */
-INLINE void NAME(inside)(const struct direct *d, int64_t offset, int64_t left, int64_t count, int64_t *first,
-                         int64_t *last) {
+INLINE void inside(const struct direct *d, int64_t offset, int64_t left, int64_t count, int64_t *first,
+                   int64_t *last) {
     *first = MOST(left, offset < 0 ? PARTS(-offset, d->stride) : 0);
     *last = LEAST(left + count, PARTS(MOST(d->width - offset, 0), d->stride));
 }
 
 /* One row of one image of all of few output channels. */
-static void NAME(direct_few)(const void *arguments, int64_t part, int64_t worker) {
+static void direct_few(const void *arguments, int64_t part, int64_t worker) {
     const struct direct *d = arguments;
     const int64_t image = part / d->out_height, row = part % d->out_height, stride = d->stride, depth = d->in_channels;
     const int64_t end = d->out_channels;
     const float *x = d->x + image * d->x_stride;
     (void)worker;
-    for (int64_t left = 0; left < d->out_width; left += BESIDE) {
-        const int64_t count = LEAST(BESIDE, d->out_width - left);
-        float values[BESIDE][FEW + LANES] = {{0}};
+    for (int64_t left = 0; left < d->out_width; left += DOTS) {
+        const int64_t count = LEAST(DOTS, d->out_width - left);
+        float values[DOTS][FEW + LANES] = {{0}};
         for (int64_t channel = 0; channel < end; channel++) {
-            floats sums[BESIDE] = {{0}};
+            floats sums[DOTS] = {{0}};
             for (int64_t tap = 0; tap < 9; tap++) {
                 const int64_t h = row * stride + tap / 3 - d->padding, offset = tap % 3 - d->padding;
                 const float *filter = d->filters + (tap * end + channel) * depth;
                 const float *from = x + (h * d->width + left * stride + offset) * depth;
                 int64_t first, last;
-                NAME(inside)(d, offset, left, count, &first, &last);
+                inside(d, offset, left, count, &first, &last);
                 if (h < 0 || h >= d->height) continue;
                 for (int64_t c = 0; c < depth; c += LANES) {
-                    const floats factor = NAME(load)(filter + c, depth - c);
-                    if (last - first == BESIDE) {
+                    const floats factor = load(filter + c, depth - c);
+                    if (last - first == DOTS) {
 #pragma GCC unroll 8
-                        for (int64_t p = 0; p < BESIDE; p++)
-                            sums[p] += NAME(load)(from + p * stride * depth + c, depth - c) * factor;
+                        for (int64_t p = 0; p < DOTS; p++)
+                            sums[p] += load(from + p * stride * depth + c, depth - c) * factor;
                     } else {
                         for (int64_t p = first - left; p < last - left; p++)
-                            sums[p] += NAME(load)(from + p * stride * depth + c, depth - c) * factor;
+                            sums[p] += load(from + p * stride * depth + c, depth - c) * factor;
                     }
                 }
             }
@@ -96,15 +91,15 @@ static void NAME(direct_few)(const void *arguments, int64_t part, int64_t worker
         for (int64_t p = 0; p < count; p++) {
             const int64_t place = (row * d->out_width + left + p) * end;
             for (int64_t c = 0; c < end; c += LANES) {
-                const floats value = NAME(finished)(d, *(const loose *)(values[p] + c), image, place + c, c, end - c);
-                NAME(store)(d->out + image * d->out_stride + place + c, value, end - c);
+                const floats value = finished(d, *(const loose *)(values[p] + c), image, place + c, c, end - c);
+                store(d->out + image * d->out_stride + place + c, value, end - c);
             }
         }
     }
 }
 
 /* One row of one image of a panel. */
-static void NAME(direct_row)(const void *arguments, int64_t part, int64_t worker) {
+static void direct_row(const void *arguments, int64_t part, int64_t worker) {
     const struct direct *d = arguments;
     const int64_t rows = d->images * d->out_height, panel = part / rows, image = part % rows / d->out_height;
     const int64_t row = part % d->out_height, stride = d->stride, depth = d->in_channels, end = d->out_channels;
@@ -117,18 +112,17 @@ static void NAME(direct_row)(const void *arguments, int64_t part, int64_t worker
         for (int64_t tap = 0; tap < 9; tap++) {
             const int64_t h = row * stride + tap / 3 - d->padding, offset = tap % 3 - d->padding;
             int64_t first, last;
-            NAME(inside)(d, offset, left, count, &first, &last);
+            inside(d, offset, left, count, &first, &last);
             if (h < 0 || h >= d->height || first >= last) continue;
-            NAME(multiply)
-            (x + (h * d->width + first * stride + offset) * depth, stride * depth, filters + tap * depth * PANEL,
-             sums + (first - left) * PANEL, depth, 1, last - first);
+            multiply(x + (h * d->width + first * stride + offset) * depth, stride * depth,
+                     filters + tap * depth * PANEL, sums + (first - left) * PANEL, depth, 1, last - first);
         }
         for (int64_t p = 0; p < count; p++) {
             for (int64_t c = panel * PANEL; c < LEAST(end, (panel + 1) * PANEL); c += LANES) {
                 const int64_t place = (row * d->out_width + left + p) * end + c;
                 const floats sum = *(const loose *)(sums + p * PANEL + c - panel * PANEL);
-                const floats value = NAME(finished)(d, sum, image, place, c, end - c);
-                NAME(store)(d->out + image * d->out_stride + place, value, end - c);
+                const floats value = finished(d, sum, image, place, c, end - c);
+                store(d->out + image * d->out_stride + place, value, end - c);
             }
         }
     }

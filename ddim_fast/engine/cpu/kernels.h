@@ -1,5 +1,8 @@
-/* What the C kernels of the CPU engine share: PyTorch's own OpenMP team to run the parts of a
-   call. Vector extensions of GCC and Clang, no library. */
+/* What the C kernels of the CPU engine share: PyTorch's own OpenMP team runs the parts of a call, for which the
+   instruction set is chosen at run time. Vector extensions of GCC and Clang, no library.
+
+   An operator's file holds its arguments, its entry and its inner functions. Compiled by itself it gives the entry;
+   each `variant_*.c` includes it for the inner functions, compiled for one instruction set. */
 
 #ifndef DDIM_FAST_CPU_KERNELS_H
 #define DDIM_FAST_CPU_KERNELS_H
@@ -8,10 +11,12 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Columns that are multiplied together. */
-#define PANEL 32
+#if !defined(PANEL) || !defined(FEW) || !defined(REVISION)
+#error "setup.py defines these, from constants.py"
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused))
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define PARTS(count, size) (((count) + (size) - 1) / (size))
@@ -40,7 +45,7 @@ struct job {
     struct left left[MOST_THREADS] __attribute__((aligned(64)));
 };
 
-static void work_on(void *pointer) {
+UNUSED static void work_on(void *pointer) {
     struct job *job = pointer;
     const int64_t worker = job->team->number();
     if (worker >= job->workers) return;
@@ -54,9 +59,9 @@ static void work_on(void *pointer) {
     }
 }
 
-/* Run `count` parts. A thread takes an even share of neighbouring parts first, so that over a chain of calls it finds in
-   its own cache what it wrote, and then what others have left. */
-static void share(const struct team *team, part_fn run, const void *arguments, int64_t count) {
+/* Run `count` parts. A thread takes an even share of neighbouring parts first, so that over a chain of calls it finds
+   in its own cache what it wrote, and then what others have left. */
+UNUSED static void share(const struct team *team, part_fn run, const void *arguments, int64_t count) {
     const int64_t workers = LEAST(LEAST(team->threads, MOST_THREADS), count);
     if (team->parallel == NULL || workers < 2) {
         for (int64_t part = 0; part < count; part++) run(arguments, part, 0);
@@ -71,22 +76,19 @@ static void share(const struct team *team, part_fn run, const void *arguments, i
     team->parallel(work_on, &job, (unsigned)team->threads, 0);
 }
 
-/* The widest instruction set to use: 2 AVX-512, 1 AVX2, 0 what every processor has. Tests lower it. */
-extern int ddim_fast_widest;
-
+/* The inner functions of one instruction set; `variant.h` fills it in. */
+struct variant {
+    part_fn direct_few, direct_row, norm_span, norm_statistics, norm_finish, norm_apply, product;
+    part_fn transform, convolve, convolve_per_thread;
+};
+extern const struct variant ddim_fast_plain;
+/* GCC compiles parts of a library for an instruction set of their own; of a compiler that does not there is one. */
 #if defined(__x86_64__) && !defined(__clang__)
 #define INSTRUCTION_SETS
-static int level(void) {
-    if (ddim_fast_widest > 1 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return 2;
-    return ddim_fast_widest > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#define LEVEL() level()
-#define PICK(function) (level() == 2 ? function##_avx512 : level() == 1 ? function##_avx2 : function##_plain)
-#else
-#define LEVEL() 0
-#define PICK(function) function##_plain
+extern const struct variant ddim_fast_avx2, ddim_fast_avx512;
 #endif
+
+/* The one for this processor. */
+const struct variant *ddim_fast_variant(void);
 
 #endif

@@ -1,7 +1,7 @@
 """Matrix products on the CPU, and attention.
 
 Where there is a C kernel, it multiplies: at oneDNN's rate, without the 80 µs that a call of it takes. Else oneDNN does
-it, since `F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s a Zen 5 core against
+it, since `F.linear` multiplies with MKL, which keeps to AVX2 on AMD's AVX-512 cores: 95 GFLOP/s per Zen 5 core against
 200. In oneDNN a product is a 1x1 conv: that form takes weights packed once, and adds in place. It falls back to plain
 loops on rows that are not adjacent, so none are given to it.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
+from . import calls, native
 from .onednn import has_onednn
 from .workspace import workspace
 
@@ -96,8 +96,8 @@ def add_product(out: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
 
 def _product(x: Tensor, weight: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if weight.filters is None:
-        weight.filters = native.pack_filters(weight.stacked())
-    native.product(x.contiguous(), weight.filters, out, bias, None if residual is None else residual.contiguous())
+        weight.filters = calls.pack_filters(weight.stacked())
+    calls.product(x.contiguous(), weight.filters, out, bias, None if residual is None else residual.contiguous())
     return out
 
 

@@ -1,8 +1,8 @@
-/* The product of a few rows by a panel of 32 columns. No include guard: `variants.h` needs it once a variant. */
+/* The product of a few rows by a panel of 32 columns. */
 
 /* c (rows, 32) += or = a (rows, depth) b (depth, 32), two registers of columns at a time. */
-INLINE void NAME(multiply_rows)(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,
-                                const int rows) {
+INLINE void multiply_rows(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,
+                          const int rows) {
     for (int64_t column = 0; column < PANEL; column += 2 * WIDTH) {
         floats sums[ROWS][2];
 #pragma GCC unroll 8
@@ -30,19 +30,19 @@ INLINE void NAME(multiply_rows)(const float *a, int64_t a_stride, const float *b
 }
 
 /* The same for any number of rows. */
-INLINE void NAME(multiply)(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,
-                           int64_t rows) {
+INLINE void multiply(const float *a, int64_t a_stride, const float *b, float *c, int64_t depth, int add,
+                     int64_t rows) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * PANEL)
-        NAME(multiply_rows)(a, a_stride, b, c, depth, add, ROWS);
+        multiply_rows(a, a_stride, b, c, depth, add, ROWS);
     switch (rows) {
 #if ROWS > 7
-    case 7: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 7); break;
-    case 6: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 6); break;
+    case 7: multiply_rows(a, a_stride, b, c, depth, add, 7); break;
+    case 6: multiply_rows(a, a_stride, b, c, depth, add, 6); break;
 #endif
-    case 5: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 5); break;
-    case 4: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 4); break;
-    case 3: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 3); break;
-    case 2: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 2); break;
-    case 1: NAME(multiply_rows)(a, a_stride, b, c, depth, add, 1); break;
+    case 5: multiply_rows(a, a_stride, b, c, depth, add, 5); break;
+    case 4: multiply_rows(a, a_stride, b, c, depth, add, 4); break;
+    case 3: multiply_rows(a, a_stride, b, c, depth, add, 3); break;
+    case 2: multiply_rows(a, a_stride, b, c, depth, add, 2); break;
+    case 1: multiply_rows(a, a_stride, b, c, depth, add, 1); break;
     }
 }

@@ -1,13 +1,12 @@
-/* GroupNorm + SiLU over NHWC float32: two reads of the input and one write of the output, where PyTorch's operators need a
-   pass an operation. `native.py` has the Python side, with shapes and checks; `norm.py` the same in PyTorch. */
+/* GroupNorm + SiLU over NHWC float32: two reads of the input and one write of the output, where PyTorch's operators
+   need a pass an operation. `native.py` has the Python side, with shapes and checks; `norm.py` the same in PyTorch. */
 
-#ifndef NAME
 #include "kernels.h"
 
 /* Pixels that stay in the first-level cache between the two passes of their variance. */
 #define STRIP 16
 /* Sums, and outputs, that are computed beside one another: a chain of dependent operations leaves a processor idle. */
-#define BESIDE 4
+#define CHAINS 4
 
 struct norm {
     const float *x, *x2, *weight, *bias, *add, *scale, *shift;
@@ -20,40 +19,31 @@ struct norm {
     int32_t silu;
 };
 
-#define BODY "norm.c"
-#include "variants.h"
+#ifndef VARIANT
 
-int ddim_fast_widest = 2;
-
-/* The instruction set that is used. */
-int ddim_fast_level(void) {
-    return LEVEL();
-}
-
-/* By these `native.py` knows a library that was built from another version. */
-const int64_t ddim_fast_revision = 2;
+/* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_norm_size = sizeof(struct norm);
 
-/* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels): means
-   and sums of squared deviations of the parts, then what the last pass multiplies with and adds; and behind them (images,
-   channels): what it takes off. */
+/* GroupNorm of concat([x, x2]) + add, then scale and shift, then SiLU. `work` holds (images, parts, 2, channels):
+   means and sums of squared deviations of the parts, then what the last pass multiplies with and adds; and behind them
+   (images, channels): what it takes off. */
 void ddim_fast_group_norm(const struct norm *norm, const struct team *team) {
     if (norm->spans) {
-        share(team, PICK(norm_span), norm, norm->spans * norm->images);
+        share(team, ddim_fast_variant()->norm_span, norm, norm->spans * norm->images);
         return;
     }
-    share(team, PICK(norm_statistics), norm, norm->images * norm->parts);
-    share(team, PICK(norm_finish), norm, norm->images);
-    share(team, PICK(norm_apply), norm, norm->images * norm->parts);
+    share(team, ddim_fast_variant()->norm_statistics, norm, norm->images * norm->parts);
+    share(team, ddim_fast_variant()->norm_finish, norm, norm->images);
+    share(team, ddim_fast_variant()->norm_apply, norm, norm->images * norm->parts);
 }
 
 #else
 
 /* y / (1 + e^-y) of `count` vectors beside one another. e^x is within 2 units in the last place: 2^n e^r with
    |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf). NaN stays. */
-INLINE void NAME(silu)(floats *y, const int count) {
-    floats r[BESIDE], p[BESIDE];
-    ints power[BESIDE];
+INLINE void apply_silu(floats *y, const int count) {
+    floats r[CHAINS], p[CHAINS];
+    ints power[CHAINS];
 #define EACH _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
     EACH {
         const floats x = -y[i];
@@ -77,10 +67,11 @@ INLINE void NAME(silu)(floats *y, const int count) {
 #undef EACH
 }
 
-/* The statistics of `parts` parts from `first` on, of the channels `begin` to `end` of one input, which come behind `offset`
-   others: in a strip by its mean and then by the deviations from it, of strips together by Chan et al.'s formula. */
-INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset, const struct norm *n, float *work,
-                                int64_t first, int64_t parts, int64_t begin, int64_t end) {
+/* The statistics of `parts` parts from `first` on, of the channels `begin` to `end` of one input, which come behind
+   `offset` others: in a strip by its mean and then by the deviations from it, of strips together by Chan et al.'s
+   formula. */
+INLINE void statistics_of(const float *x, int64_t channels, int64_t offset, const struct norm *n, float *work,
+                          int64_t first, int64_t parts, int64_t begin, int64_t end) {
     const int64_t all = n->channels + n->channels2;
     for (int64_t part = first; part < first + parts; part++) {
         float *means = work + part * 2 * all + offset, *squares = means + all;
@@ -90,54 +81,52 @@ INLINE void NAME(statistics_of)(const float *x, int64_t channels, int64_t offset
             const float fresh = (float)count / (float)(before + count);
             for (int64_t c = begin; c < end; c += LANES) {
                 const float *from = x + start * channels + c;
-                floats sums[BESIDE] = {{0}}, squares_of[BESIDE] = {{0}};
+                floats sums[CHAINS] = {{0}}, squares_of[CHAINS] = {{0}};
                 int64_t p = 0;
-                for (; p + BESIDE <= count; p += BESIDE) {
+                for (; p + CHAINS <= count; p += CHAINS) {
 #pragma GCC unroll 4
-                    for (int i = 0; i < BESIDE; i++) sums[i] += NAME(load)(from + (p + i) * channels, end - c);
+                    for (int i = 0; i < CHAINS; i++) sums[i] += load(from + (p + i) * channels, end - c);
                 }
-                for (; p < count; p++) sums[0] += NAME(load)(from + p * channels, end - c);
+                for (; p < count; p++) sums[0] += load(from + p * channels, end - c);
                 floats mean = (sums[0] + sums[1] + (sums[2] + sums[3])) / (float)count;
-                for (p = 0; p + BESIDE <= count; p += BESIDE) {
+                for (p = 0; p + CHAINS <= count; p += CHAINS) {
 #pragma GCC unroll 4
-                    for (int i = 0; i < BESIDE; i++) {
-                        const floats deviation = NAME(load)(from + (p + i) * channels, end - c) - mean;
+                    for (int i = 0; i < CHAINS; i++) {
+                        const floats deviation = load(from + (p + i) * channels, end - c) - mean;
                         squares_of[i] += deviation * deviation;
                     }
                 }
                 for (; p < count; p++) {
-                    const floats deviation = NAME(load)(from + p * channels, end - c) - mean;
+                    const floats deviation = load(from + p * channels, end - c) - mean;
                     squares_of[0] += deviation * deviation;
                 }
                 floats square = squares_of[0] + squares_of[1] + (squares_of[2] + squares_of[3]);
                 if (before) {
-                    const floats old = NAME(load)(means + c, end - c), delta = mean - old;
-                    square += NAME(load)(squares + c, end - c) + delta * delta * (before * fresh);
+                    const floats old = load(means + c, end - c), delta = mean - old;
+                    square += load(squares + c, end - c) + delta * delta * (before * fresh);
                     mean = old + delta * fresh;
                 }
-                NAME(store)(means + c, mean, end - c);
-                NAME(store)(squares + c, square, end - c);
+                store(means + c, mean, end - c);
+                store(squares + c, square, end - c);
             }
         }
     }
 }
 
 /* Of both inputs, the channels `begin` to `end` of all. */
-INLINE void NAME(statistics)(const struct norm *n, int64_t image, int64_t first, int64_t parts, int64_t begin,
-                             int64_t end) {
+INLINE void statistics(const struct norm *n, int64_t image, int64_t first, int64_t parts, int64_t begin, int64_t end) {
     const int64_t own = n->channels, all = own + n->channels2;
     float *work = n->work + image * n->parts * 2 * all;
-    NAME(statistics_of)
-    (n->x + image * n->x_stride, own, 0, n, work, first, parts, LEAST(begin, own), LEAST(end, own));
+    statistics_of(n->x + image * n->x_stride, own, 0, n, work, first, parts, LEAST(begin, own), LEAST(end, own));
     if (n->x2)
-        NAME(statistics_of)
-    (n->x2 + image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0), MOST(end - own, 0));
+        statistics_of(n->x2 + image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0),
+                      MOST(end - own, 0));
 }
 
 /* From the statistics of all parts to three numbers a channel of some groups, in the place of the first parts: what is
-   taken off, what is multiplied with and what is added. Each part has room for two, and the pivot goes behind all images'
-   parts. */
-INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int64_t last) {
+   taken off, what is multiplied with and what is added. Each part has room for two, and the pivot goes behind all
+   images' parts. */
+INLINE void finish(const struct norm *n, int64_t image, int64_t first, int64_t last) {
     const int64_t all = n->channels + n->channels2, parts = n->parts, wide = all / n->groups;
     float *work = n->work + image * parts * 2 * all, *pivots = n->work + n->images * parts * 2 * all + image * all;
     const float *add = n->add ? n->add + image * n->add_stride : NULL;
@@ -168,40 +157,39 @@ INLINE void NAME(finish)(const struct norm *n, int64_t image, int64_t first, int
 
 /* `count` vectors of at most LANES channels, `x_step` and `out_step` floats apart, with their channels' numbers `step`
    apart. */
-INLINE void NAME(apply_beside)(const float *x, int64_t x_step, const float *pivots, const float *factors,
-                               const float *terms, int64_t step, int32_t silu, float *out, int64_t out_step,
-                               int64_t lanes, const int count) {
-    floats y[BESIDE];
+INLINE void apply_beside(const float *x, int64_t x_step, const float *pivots, const float *factors, const float *terms,
+                         int64_t step, int32_t silu, float *out, int64_t out_step, int64_t lanes, const int count) {
+    floats y[CHAINS];
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
-        y[i] = NAME(load)(x + i * x_step, lanes) - NAME(load)(pivots + i * step, lanes);
-        y[i] = y[i] * NAME(load)(factors + i * step, lanes) + NAME(load)(terms + i * step, lanes);
+        y[i] = load(x + i * x_step, lanes) - load(pivots + i * step, lanes);
+        y[i] = y[i] * load(factors + i * step, lanes) + load(terms + i * step, lanes);
     }
-    if (silu) NAME(silu)(y, count);
+    if (silu) apply_silu(y, count);
 #pragma GCC unroll 4
-    for (int i = 0; i < count; i++) NAME(store)(out + i * out_step, y[i], lanes);
+    for (int i = 0; i < count; i++) store(out + i * out_step, y[i], lanes);
 }
 
-INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
-                           int64_t first, int64_t last, int64_t begin, int64_t end) {
+INLINE void apply_to(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
+                     int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t all = n->channels + n->channels2;
     const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
     const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
     float *out = n->out + image * n->pixels * all + offset;
-#define APPLY(p, c, x_step, step, out_step, lanes, count)                                                        \
-    NAME(apply_beside)                                                                                           \
-    (x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu,                  \
-     out + (p) * all + (c), out_step, lanes, count)
-    for (int64_t p = first; p < last; p += BESIDE) {
-        const int64_t pixels = LEAST(BESIDE, last - p);
+#define APPLY(p, c, x_step, step, out_step, lanes, count)                                                             \
+    apply_beside(x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu,           \
+                 out + (p) * all + (c), out_step, lanes, count)
+    for (int64_t p = first; p < last; p += CHAINS) {
+        const int64_t pixels = LEAST(CHAINS, last - p);
         int64_t c = begin;
-        /* Neighbouring channels in the order of memory, and of what is left the same channels of neighbouring pixels. */
+        /* Neighbouring channels in the order of memory, and of what is left the same channels of neighbouring pixels.
+         */
         for (int64_t q = p; q < p + pixels; q++)
-            for (c = begin; c + BESIDE * LANES <= end; c += BESIDE * LANES)
-                APPLY(q, c, LANES, LANES, LANES, LANES, BESIDE);
+            for (c = begin; c + CHAINS * LANES <= end; c += CHAINS * LANES)
+                APPLY(q, c, LANES, LANES, LANES, LANES, CHAINS);
         for (; c < end; c += LANES) {
-            if (pixels == BESIDE && c + LANES <= end)
-                APPLY(p, c, channels, 0, all, LANES, BESIDE);
+            if (pixels == CHAINS && c + LANES <= end)
+                APPLY(p, c, channels, 0, all, LANES, CHAINS);
             else
                 for (int64_t q = p; q < p + pixels; q++) APPLY(q, c, 0, 0, 0, end - c, 1);
         }
@@ -210,42 +198,41 @@ INLINE void NAME(apply_to)(const float *x, int64_t channels, int64_t offset, con
 }
 
 /* The pixels `first` to `last` of an image, the channels `begin` to `end` of all. */
-INLINE void NAME(apply)(const struct norm *n, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end) {
+INLINE void apply(const struct norm *n, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end) {
     const int64_t own = n->channels;
-    NAME(apply_to)
-    (n->x + image * n->x_stride, own, 0, n, image, first, last, LEAST(begin, own), LEAST(end, own));
+    apply_to(n->x + image * n->x_stride, own, 0, n, image, first, last, LEAST(begin, own), LEAST(end, own));
     if (n->x2)
-        NAME(apply_to)
-    (n->x2 + image * n->x2_stride, n->channels2, own, n, image, first, last, MOST(begin - own, 0), MOST(end - own, 0));
+        apply_to(n->x2 + image * n->x2_stride, n->channels2, own, n, image, first, last, MOST(begin - own, 0),
+                 MOST(end - own, 0));
 }
 
-static void NAME(norm_span)(const void *arguments, int64_t part, int64_t worker) {
+static void norm_span(const void *arguments, int64_t part, int64_t worker) {
     const struct norm *n = arguments;
     const int64_t image = part % n->images, span = part / n->images, wide = (n->channels + n->channels2) / n->groups;
     const int64_t first = span * n->groups / n->spans, last = (span + 1) * n->groups / n->spans;
     (void)worker;
-    NAME(statistics)(n, image, 0, n->parts, first * wide, last * wide);
-    NAME(finish)(n, image, first, last);
-    NAME(apply)(n, image, 0, n->pixels, first * wide, last * wide);
+    statistics(n, image, 0, n->parts, first * wide, last * wide);
+    finish(n, image, first, last);
+    apply(n, image, 0, n->pixels, first * wide, last * wide);
 }
 
-static void NAME(norm_statistics)(const void *arguments, int64_t index, int64_t worker) {
+static void norm_statistics(const void *arguments, int64_t index, int64_t worker) {
     const struct norm *n = arguments;
     (void)worker;
-    NAME(statistics)(n, index / n->parts, index % n->parts, 1, 0, n->channels + n->channels2);
+    statistics(n, index / n->parts, index % n->parts, 1, 0, n->channels + n->channels2);
 }
 
-static void NAME(norm_finish)(const void *arguments, int64_t image, int64_t worker) {
+static void norm_finish(const void *arguments, int64_t image, int64_t worker) {
     const struct norm *n = arguments;
     (void)worker;
-    NAME(finish)(n, image, 0, n->groups);
+    finish(n, image, 0, n->groups);
 }
 
-static void NAME(norm_apply)(const void *arguments, int64_t index, int64_t worker) {
+static void norm_apply(const void *arguments, int64_t index, int64_t worker) {
     const struct norm *n = arguments;
     const int64_t part = index % n->parts, first = part * n->part;
     (void)worker;
-    NAME(apply)(n, index / n->parts, first, LEAST(first + n->part, n->pixels), 0, n->channels + n->channels2);
+    apply(n, index / n->parts, first, LEAST(first + n->part, n->pixels), 0, n->channels + n->channels2);
 }
 
 #endif

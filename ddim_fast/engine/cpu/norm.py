@@ -1,6 +1,6 @@
 """GroupNorm + SiLU over NHWC on the CPU: in C, or by PyTorch's channels-last operators, made safe for large means.
 
-PyTorch's channels-last GroupNorm with SiLU in place takes 0.5 ns an element on a Zen 5 core (`var` over the pixels
+PyTorch's channels-last GroupNorm with SiLU in place takes 0.5 ns per element on a Zen 5 core (`var` over the pixels
 alone: 5.5), but its variance is E[x²] - E[x]². GroupNorm does not see a constant that a group is moved by, so the mean
 of a few pixels is taken off first: where it is large, or where two inputs are joined anyway.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
+from . import calls, native
 from .workspace import workspace
 
 SAMPLES = 32
@@ -49,10 +49,10 @@ def group_norm_silu(
     if not x.numel():
         return x.new_empty(batch, height, width, channels)
     if native.usable(x, weight, bias, x2, add, scale, shift):
-        work = workspace.take("norm", native.work_size(batch, height * width, channels))
+        work = workspace.take("norm", calls.work_size(batch, height * width, channels))
         take = partial(workspace.take, "normed") if reuse_buffer else workspace.fresh
         out = take(batch, height, width, channels)
-        native.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work, out)
+        calls.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work, out)
         return out
     parts = [x] if x2 is None else [x, x2]
     stride = max(height * width // SAMPLES, 1)

@@ -1,31 +1,28 @@
 /* Matrix product x W^T + bias + residual, with a panel of 32 columns of W^T for a group of rows as a part of the work.
    `linear.py` has the Python side, with shapes and checks. */
 
-#ifndef NAME
 #include "kernels.h"
 
 struct product {
     const float *x, *filters, *bias, *residual; /* filters: (panels, in_channels, 32) */
     float *out;
-    int64_t rows, in_channels, out_channels, group; /* rows of a part of the work */
+    int64_t rows, in_channels, out_channels, group; /* rows of one part of the work */
 };
 
-#define BODY "product.c"
-#include "variants.h"
+#ifndef VARIANT
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_product_size = sizeof(struct product);
 
 /* `residual` may be `out`. */
 void ddim_fast_product(const struct product *product, const struct team *team) {
-    share(team, PICK(product), product, PARTS(product->rows, product->group) * PARTS(product->out_channels, PANEL));
+    share(team, ddim_fast_variant()->product, product,
+          PARTS(product->rows, product->group) * PARTS(product->out_channels, PANEL));
 }
 
 #else
 
-#include "multiply.h"
-
-static void NAME(product)(const void *arguments, int64_t part, int64_t worker) {
+static void product(const void *arguments, int64_t part, int64_t worker) {
     const struct product *p = arguments;
     const int64_t groups = PARTS(p->rows, p->group), panel = part / groups, depth = p->in_channels;
     const int64_t first = part % groups * p->group, last = LEAST(first + p->group, p->rows), end = p->out_channels;
@@ -34,14 +31,14 @@ static void NAME(product)(const void *arguments, int64_t part, int64_t worker) {
     for (int64_t row = first; row < last; row += ROWS) {
         float sums[ROWS * PANEL];
         const int64_t rows = LEAST(ROWS, last - row);
-        NAME(multiply)(p->x + row * depth, depth, filters, sums, depth, 0, rows);
+        multiply(p->x + row * depth, depth, filters, sums, depth, 0, rows);
         for (int64_t r = 0; r < rows; r++) {
             for (int64_t c = panel * PANEL; c < LEAST(end, (panel + 1) * PANEL); c += LANES) {
                 const int64_t place = (row + r) * end + c;
                 floats value = *(const loose *)(sums + r * PANEL + c - panel * PANEL);
-                if (p->bias) value += NAME(load)(p->bias + c, end - c);
-                if (p->residual) value += NAME(load)(p->residual + place, end - c);
-                NAME(store)(p->out + place, value, end - c);
+                if (p->bias) value += load(p->bias + c, end - c);
+                if (p->residual) value += load(p->residual + place, end - c);
+                store(p->out + place, value, end - c);
             }
         }
     }

@@ -1,17 +1,16 @@
 /* Winograd F(4x4, 3x3) convolution over NHWC float32, plain and behind a nearest 2x upsampling (`winograd.py` has the
    mathematics, and the same in PyTorch; `native.py` the Python side, with shapes and checks).
 
-   A block of tiles is transformed into taps that stay in the last-level cache, or where there are many, a group of tiles
-   into a thread's own cache. Then each part of the work takes a panel of 32 output channels for a group: it transforms the
-   9 numbers of a filter into 36, some input channels at a time, into the second-level cache, multiplies, and transforms
-   the products back with bias and residual. So a filter is read from memory as 9 numbers, not as 36: at small batches
-   reading weights is what takes the time. */
+   A block of tiles is transformed into taps that stay in the last-level cache, or where there are many, a group of
+   tiles into a thread's own cache. Then each part of the work takes a panel of 32 output channels for a group: it
+   transforms the 9 numbers of a filter into 36, some input channels at a time, into the second-level cache,
+   multiplies, and transforms the products back with bias and residual. So a filter is read from memory as 9 numbers,
+   not as 36: at small batches reading weights is what takes the time. */
 
-#ifndef NAME
 #include "kernels.h"
 
-/* Input channels of a panel's filters that are transformed together: for few tiles few, so that what is read once or twice
-   comes from the first-level cache; for many, so that the products' sums are loaded and stored seldom. */
+/* Input channels of a panel's filters that are transformed together: for few tiles few, so that what is read once or
+   twice comes from the first-level cache; for many, so that the products' sums are loaded and stored seldom. */
 #define MOST_DEPTH 64
 #define DEPTH(tiles) ((tiles) <= 4 ? 8 : (tiles) <= 32 ? 32 : MOST_DEPTH)
 /* Floats between what would otherwise lie a power of two apart, and share one set of the first-level cache. */
@@ -20,16 +19,16 @@
 struct conv {
     const float *x, *filters, *bias, *residual; /* filters: (panels, in_channels, 9, 32) */
     float *out, *taps, *scratch;
-    int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats an image */
+    int64_t x_stride, out_stride, residual_stride, bias_stride; /* floats per image */
     int64_t images, height, width, in_channels, out_channels;   /* of the pixels read */
     int64_t block, group; /* tiles whose taps are kept; tiles that are multiplied together */
-    int64_t alone;        /* whether a thread takes groups through all steps, and keeps their taps to itself */
+    int64_t per_thread;   /* whether a thread takes groups through all steps, and keeps their taps to itself */
     float divisor;
     int32_t upsample;
 };
 
-/* A block of a conv: `count` tiles from the tile `first` on, in the order of image, row, column. Its input channels are
-   transformed in `spans`. */
+/* A block of a conv: `count` tiles from the tile `first` on, in the order of image, row, column. Its input channels
+   are transformed in `spans`. */
 struct block {
     const struct conv *conv;
     float *data;
@@ -47,7 +46,7 @@ static int64_t taps_floats(const struct conv *conv, int64_t taps, int64_t tiles)
 
 /* Floats of a thread's `scratch`. */
 static int64_t worker_floats(const struct conv *conv, int64_t taps) {
-    return scratch_floats(taps, conv->group) + (conv->alone ? taps_floats(conv, taps, conv->group) : 0);
+    return scratch_floats(taps, conv->group) + (conv->per_thread ? taps_floats(conv, taps, conv->group) : 0);
 }
 
 static void place(struct block *block, float *data, int64_t index, int64_t blocks) {
@@ -60,8 +59,7 @@ static void place(struct block *block, float *data, int64_t index, int64_t block
     block->tap_stride = block->count * (conv->in_channels + APART) + APART;
 }
 
-#define BODY "winograd.c"
-#include "variants.h"
+#ifndef VARIANT
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_conv_size = sizeof(struct conv);
@@ -69,7 +67,7 @@ const int64_t ddim_fast_conv_size = sizeof(struct conv);
 /* Floats of `taps` and of `scratch` for blocks of `block` tiles, groups of `group` tiles and so many threads. */
 void ddim_fast_winograd_room(const struct conv *conv, int64_t threads, int64_t *room) {
     const int64_t taps = conv->upsample ? 25 : 36;
-    room[0] = conv->alone ? 0 : taps_floats(conv, taps, conv->block);
+    room[0] = conv->per_thread ? 0 : taps_floats(conv, taps, conv->block);
     room[1] = threads * worker_floats(conv, taps);
 }
 
@@ -80,24 +78,22 @@ void ddim_fast_winograd(const struct conv *conv, const struct team *team) {
     const int64_t tiles = conv->images * rows * columns, blocks = PARTS(tiles, conv->block);
     struct block block = {.conv = conv, .rows = rows, .columns = columns, .panels = PARTS(conv->out_channels, PANEL)};
     block.taps = conv->upsample ? 25 : 36;
-    block.spans = conv->alone ? 1 : LEAST(team->threads, PARTS(conv->in_channels, PANEL));
-    if (conv->alone) {
-        share(team, PICK(convolve_alone), &block, PARTS(tiles, conv->group));
+    block.spans = conv->per_thread ? 1 : LEAST(team->threads, PARTS(conv->in_channels, PANEL));
+    if (conv->per_thread) {
+        share(team, ddim_fast_variant()->convolve_per_thread, &block, PARTS(tiles, conv->group));
         return;
     }
     for (int64_t index = 0; index < blocks; index++) {
         place(&block, conv->taps, index, blocks);
-        share(team, PICK(transform), &block, block.spans * block.count);
-        share(team, PICK(convolve), &block, block.panels * block.groups);
+        share(team, ddim_fast_variant()->transform, &block, block.spans * block.count);
+        share(team, ddim_fast_variant()->convolve, &block, block.panels * block.groups);
     }
 }
 
 #else
 
-#include "multiply.h"
-
 /* B^T along one axis: the 4 pixels of a tile and one on each side. */
-INLINE void NAME(taps_of)(const floats d[6], floats t[6]) {
+INLINE void taps_of(const floats d[6], floats t[6]) {
     floats a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], c = d[4] - d[2], e = 2 * (d[3] - d[1]);
     t[0] = 4 * (d[0] - d[2]) + c;
     t[1] = a + b;
@@ -108,7 +104,7 @@ INLINE void NAME(taps_of)(const floats d[6], floats t[6]) {
 }
 
 /* The same behind a nearest 2x upsampling: the 2 small pixels of a tile and one on each side. */
-INLINE void NAME(upsampled_taps_of)(const floats d[4], floats t[5]) {
+INLINE void upsampled_taps_of(const floats d[4], floats t[5]) {
     floats c = d[2] - d[1];
     t[0] = 4 * (d[0] - d[1]) + c;
     t[1] = d[2] - 4 * d[1];
@@ -118,7 +114,7 @@ INLINE void NAME(upsampled_taps_of)(const floats d[4], floats t[5]) {
 }
 
 /* A^T along one axis. */
-INLINE void NAME(pixels_of)(const floats t[6], floats y[4]) {
+INLINE void pixels_of(const floats t[6], floats y[4]) {
     floats a = t[1] + t[2], b = t[1] - t[2], c = t[3] + t[4], e = t[3] - t[4];
     y[0] = t[0] + a + c;
     y[1] = b + 2 * e;
@@ -126,7 +122,7 @@ INLINE void NAME(pixels_of)(const floats t[6], floats y[4]) {
     y[3] = b + 8 * e + t[5];
 }
 
-INLINE void NAME(upsampled_pixels_of)(const floats t[5], floats y[4]) {
+INLINE void upsampled_pixels_of(const floats t[5], floats y[4]) {
     y[0] = t[0] + t[1] + t[2];
     y[1] = t[1] + 2 * t[3];
     y[2] = t[1] + 4 * t[2];
@@ -134,7 +130,7 @@ INLINE void NAME(upsampled_pixels_of)(const floats t[5], floats y[4]) {
 }
 
 /* G along one axis. */
-INLINE void NAME(filter_of)(const floats g[3], floats t[6]) {
+INLINE void filter_of(const floats g[3], floats t[6]) {
     const floats a = (g[0] + g[2]) * (-1.0f / 6), b = g[1] * (1.0f / 6);
     const floats c = g[0] * (1.0f / 24) + g[2] * (1.0f / 6), e = g[1] * (1.0f / 12);
     t[0] = g[0] * 0.25f;
@@ -145,7 +141,7 @@ INLINE void NAME(filter_of)(const floats g[3], floats t[6]) {
     t[5] = g[2];
 }
 
-INLINE void NAME(upsampled_filter_of)(const floats g[3], floats t[5]) {
+INLINE void upsampled_filter_of(const floats g[3], floats t[5]) {
     const floats a = g[1] + g[2];
     t[0] = g[0] * 0.25f;
     t[1] = (g[0] + a) * (-1.0f / 3);
@@ -156,7 +152,7 @@ INLINE void NAME(upsampled_filter_of)(const floats g[3], floats t[5]) {
 
 /* B^T d B of a span of one tile's channels, the height's tap before the width's; `side` taps a side is constant after
    inlining. */
-INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int side) {
+INLINE void transform_tile(const struct block *b, int64_t part, const int side) {
     const struct conv *conv = b->conv;
     const int64_t index = part % b->count, vectors = PARTS(conv->in_channels, LANES), span = part / b->count;
     const int64_t begin = span * vectors / b->spans * LANES, end = (span + 1) * vectors / b->spans * LANES;
@@ -175,36 +171,35 @@ INLINE void NAME(transform_tile)(const struct block *b, int64_t part, const int 
             for (int i = 0; i < size; i++) {
                 const int64_t h = top + i, w = left + j;
                 const int inside = h >= 0 && h < conv->height && w >= 0 && w < conv->width;
-                d[i] = inside ? NAME(load)(x + (h * conv->width + w) * channels + c, channels - c) : (floats){0};
+                d[i] = inside ? load(x + (h * conv->width + w) * channels + c, channels - c) : (floats){0};
             }
             if (side == 6)
-                NAME(taps_of)(d, t);
+                taps_of(d, t);
             else
-                NAME(upsampled_taps_of)(d, t);
+                upsampled_taps_of(d, t);
             for (int i = 0; i < side; i++) rows[i][j] = t[i];
         }
         for (int i = 0; i < side; i++) {
             if (side == 6)
-                NAME(taps_of)(rows[i], t);
+                taps_of(rows[i], t);
             else
-                NAME(upsampled_taps_of)(rows[i], t);
-            for (int j = 0; j < side; j++)
-                NAME(store)(out + (i * side + j) * b->tap_stride + c, t[j], channels - c);
+                upsampled_taps_of(rows[i], t);
+            for (int j = 0; j < side; j++) store(out + (i * side + j) * b->tap_stride + c, t[j], channels - c);
         }
     }
 }
 
-static void NAME(transform)(const void *arguments, int64_t index, int64_t worker) {
+static void transform(const void *arguments, int64_t index, int64_t worker) {
     const struct block *block = arguments;
     (void)worker;
     if (block->taps == 36)
-        NAME(transform_tile)(block, index, 6);
+        transform_tile(block, index, 6);
     else
-        NAME(transform_tile)(block, index, 5);
+        transform_tile(block, index, 5);
 }
 
 /* G g G^T of `depth` input channels of a panel: (taps, depth, 32), taps `apart` floats from one another. */
-INLINE void NAME(transform_filters)(const float *filters, float *out, int64_t depth, int64_t apart, const int side) {
+INLINE void transform_filters(const float *filters, float *out, int64_t depth, int64_t apart, const int side) {
     for (int64_t k = 0; k < depth; k++, filters += 9 * PANEL, out += PANEL) {
         for (int64_t c = 0; c < PANEL; c += LANES) {
             floats columns[6][3], t[6];
@@ -212,54 +207,54 @@ INLINE void NAME(transform_filters)(const float *filters, float *out, int64_t de
                 floats g[3];
                 for (int i = 0; i < 3; i++) g[i] = *(const loose *)(filters + (3 * i + j) * PANEL + c);
                 if (side == 6)
-                    NAME(filter_of)(g, t);
+                    filter_of(g, t);
                 else
-                    NAME(upsampled_filter_of)(g, t);
+                    upsampled_filter_of(g, t);
                 for (int i = 0; i < side; i++) columns[i][j] = t[i];
             }
             for (int i = 0; i < side; i++) {
                 if (side == 6)
-                    NAME(filter_of)(columns[i], t);
+                    filter_of(columns[i], t);
                 else
-                    NAME(upsampled_filter_of)(columns[i], t);
+                    upsampled_filter_of(columns[i], t);
                 for (int j = 0; j < side; j++) *(loose *)(out + (i * side + j) * apart + c) = t[j];
             }
         }
     }
 }
 
-/* A^T m A of `count` channels, at most LANES, with what is folded into it; the first `high` rows and `wide` columns of a
-   tile. */
-INLINE void NAME(finish_channels)(const float *products, int64_t apart, floats add, const float *residual, float *out,
-                                  float divisor, int64_t channels, int64_t width, int64_t high, int64_t wide, int64_t count,
-                                  const int side) {
+/* A^T m A of `count` channels, at most LANES, with what is folded into it; the first `high` rows and `wide` columns of
+   a tile. */
+INLINE void finish_channels(const float *products, int64_t apart, floats add, const float *residual, float *out,
+                            float divisor, int64_t channels, int64_t width, int64_t high, int64_t wide, int64_t count,
+                            const int side) {
     floats rows[4][6], t[6], y[4];
     for (int j = 0; j < side; j++) {
         for (int i = 0; i < side; i++) t[i] = *(const loose *)(products + (i * side + j) * apart);
         if (side == 6)
-            NAME(pixels_of)(t, y);
+            pixels_of(t, y);
         else
-            NAME(upsampled_pixels_of)(t, y);
+            upsampled_pixels_of(t, y);
         for (int i = 0; i < 4; i++) rows[i][j] = y[i];
     }
     for (int i = 0; i < high; i++) {
         if (side == 6)
-            NAME(pixels_of)(rows[i], y);
+            pixels_of(rows[i], y);
         else
-            NAME(upsampled_pixels_of)(rows[i], y);
+            upsampled_pixels_of(rows[i], y);
         for (int j = 0; j < wide; j++) {
             const int64_t place = (i * width + j) * channels;
             floats value = y[j] + add;
-            if (residual) value += NAME(load)(residual + place, count);
+            if (residual) value += load(residual + place, count);
             if (divisor != 1) value /= divisor;
-            NAME(store)(out + place, value, count);
+            store(out + place, value, count);
         }
     }
 }
 
 /* One tile of a panel. */
-INLINE void NAME(finish_tile)(const struct block *b, int64_t tile, int64_t panel, const float *products, int64_t apart,
-                              const int side) {
+INLINE void finish_tile(const struct block *b, int64_t tile, int64_t panel, const float *products, int64_t apart,
+                        const int side) {
     const struct conv *conv = b->conv;
     const int64_t image = tile / (b->rows * b->columns), grow = side == 6 ? 1 : 2, channels = conv->out_channels;
     const int64_t top = tile / b->columns % b->rows * 4, left = tile % b->columns * 4, width = grow * conv->width;
@@ -272,18 +267,17 @@ INLINE void NAME(finish_tile)(const struct block *b, int64_t tile, int64_t panel
         /* The next tile's place comes from memory meanwhile, to be written. */
         for (int i = 0; i < 4; i++)
             for (int j = 4; j < 8; j++) __builtin_prefetch(out + (i * width + j) * channels + c, 1, 3);
-        const floats add = bias ? NAME(load)(bias + c, channels - c) : (floats){0};
+        const floats add = bias ? load(bias + c, channels - c) : (floats){0};
         const float *before = residual ? residual + c : NULL;
         if (high == 4 && wide == 4 && c + LANES <= channels)
-            NAME(finish_channels)
-        (products, apart, add, before, out + c, conv->divisor, channels, width, 4, 4, LANES, side);
+            finish_channels(products, apart, add, before, out + c, conv->divisor, channels, width, 4, 4, LANES, side);
         else
-            NAME(finish_channels)
-        (products, apart, add, before, out + c, conv->divisor, channels, width, high, wide, channels - c, side);
+            finish_channels(products, apart, add, before, out + c, conv->divisor, channels, width, high, wide,
+                            channels - c, side);
     }
 }
 
-INLINE void NAME(convolve_part)(const struct block *b, int64_t part, int64_t worker, const int side) {
+INLINE void convolve_part(const struct block *b, int64_t part, int64_t worker, const int side) {
     const struct conv *conv = b->conv;
     const int64_t panel = part / b->groups, group = part % b->groups, taps = side * side, channels = conv->in_channels;
     const int64_t start = group * b->count / b->groups, count = (group + 1) * b->count / b->groups - start;
@@ -292,36 +286,36 @@ INLINE void NAME(convolve_part)(const struct block *b, int64_t part, int64_t wor
     for (int64_t k = 0; k < channels; k += step) {
         const int64_t depth = LEAST(step, channels - k), size = 9 * PANEL;
         const float *from = conv->filters + (panel * channels + k) * size, *ahead = from + depth * size;
-        NAME(transform_filters)(from, filters, depth, filters_apart, side);
+        transform_filters(from, filters, depth, filters_apart, side);
         for (int64_t tap = 0; tap < taps; tap++) {
             /* The filters of the next step come from memory while this one multiplies. */
-            for (int64_t line = tap; line < depth * size / 16; line += taps) __builtin_prefetch(ahead + line * 16, 0, 2);
-            NAME(multiply)
-            (b->data + tap * b->tap_stride + start * (channels + APART) + k, channels + APART,
-             filters + tap * filters_apart, products + tap * products_apart, depth, k > 0, count);
+            for (int64_t line = tap; line < depth * size / 16; line += taps)
+                __builtin_prefetch(ahead + line * 16, 0, 2);
+            multiply(b->data + tap * b->tap_stride + start * (channels + APART) + k, channels + APART,
+                     filters + tap * filters_apart, products + tap * products_apart, depth, k > 0, count);
         }
     }
     for (int64_t tile = 0; tile < count; tile++)
-        NAME(finish_tile)(b, b->first + start + tile, panel, products + tile * PANEL, products_apart, side);
+        finish_tile(b, b->first + start + tile, panel, products + tile * PANEL, products_apart, side);
 }
 
-static void NAME(convolve)(const void *arguments, int64_t part, int64_t worker) {
+static void convolve(const void *arguments, int64_t part, int64_t worker) {
     const struct block *block = arguments;
     if (block->taps == 36)
-        NAME(convolve_part)(block, part, worker, 6);
+        convolve_part(block, part, worker, 6);
     else
-        NAME(convolve_part)(block, part, worker, 5);
+        convolve_part(block, part, worker, 5);
 }
 
 /* A group through all steps. */
-static void NAME(convolve_alone)(const void *arguments, int64_t index, int64_t worker) {
+static void convolve_per_thread(const void *arguments, int64_t index, int64_t worker) {
     struct block block = *(const struct block *)arguments;
     const struct conv *conv = block.conv;
     const int64_t tiles = conv->images * block.rows * block.columns;
     float *scratch = conv->scratch + worker * worker_floats(conv, block.taps);
     place(&block, scratch + scratch_floats(block.taps, conv->group), index, PARTS(tiles, conv->group));
-    for (int64_t tile = 0; tile < block.count; tile++) NAME(transform)(&block, tile, worker);
-    for (int64_t panel = 0; panel < block.panels; panel++) NAME(convolve)(&block, panel, worker);
+    for (int64_t tile = 0; tile < block.count; tile++) transform(&block, tile, worker);
+    for (int64_t panel = 0; panel < block.panels; panel++) convolve(&block, panel, worker);
 }
 
 #endif

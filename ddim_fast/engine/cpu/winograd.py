@@ -2,8 +2,8 @@
 
 A 3x3 conv of stride 1 is computed on tiles of 4x4 outputs (Lavin & Gray, "Fast Algorithms for Convolutional Neural
 Networks", 2016): Y = A^T [(G g G^T) * (B^T d B)] A with the points 0, 1, -1, 2, -2 and infinity: 36 products of
-channels a tile in place of 144. Behind a nearest 2x upsampling a window holds each small pixel twice: the transformed
-row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
+channels per tile in place of 144. Behind a nearest 2x upsampling a window holds each small pixel twice: the
+transformed row of the point -1 vanishes, those of 2 and -2 are multiples of one another, and 25 products remain.
 
 The C kernel of `native.py` does it where there is one. With PyTorch's operators the transforms are element-wise over
 slabs of channels, along the height and then along the width. Only a tile's first transformed row reads the pixel
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import native
+from . import calls, native
 from .caches import cache_bytes, own_cache_bytes
+from .constants import PANEL
 from .onednn import has_onednn
 from .workspace import PLAIN, keep_heap, workspace
 
@@ -27,7 +28,7 @@ TILE = 4
 SETTLED_ROWS = 64
 # What a thread of the C kernel multiplies with filters that it transformed once: beyond 128 tiles their share of the
 # time is small, and below 8 the product is slower than what a thread more can win.
-LEAST_GROUP, LEAST_ALONE, GROUP = 8, 32, 128
+LEAST_GROUP, LEAST_PER_THREAD, GROUP = 8, 32, 128
 
 FILTER = (
     (1 / 4, 0, 0),
@@ -59,7 +60,7 @@ class WinogradWeight:
 
     @property
     def taps(self) -> int:
-        """Transformed taps a side."""
+        """Transformed taps per side."""
         return len(UPSAMPLE_FILTER if self.upsample else FILTER)
 
 
@@ -113,7 +114,7 @@ def _to_taps(pixels: Tensor, start: int, stop: int, taps: Sequence[Tensor], a: T
     """B^T along one axis.
 
     Args:
-        pixels: (N, tiles, pixels a tile, ...): 4 pixels, or 2 that stand for the 4 upsampled ones.
+        pixels: (N, tiles, pixels per tile, ...): 4 pixels, or 2 that stand for the 4 upsampled ones.
         start, stop: the tiles to transform; those around them are read at the edges.
         taps: written, each (N, stop - start, ...).
         a, b: scratch of that shape.
@@ -191,16 +192,16 @@ def native_block(in_channels: int) -> int:
 
 
 def native_group(tiles: int, block: int, in_channels: int, out_channels: int, threads: int) -> tuple[int, bool]:
-    """How many of the tiles a thread multiplies with filters that it transformed once, and whether it works alone.
+    """How many tiles a thread multiplies with filters that it transformed once, and whether it makes their taps itself.
 
-    It does where there are enough tiles for all threads: with as many as fit its own cache. Else the threads share the
+    It does where there are enough tiles for all threads, with as many as fit its own cache. Else the threads share the
     taps of a block of tiles, and fewer make a group where threads would idle.
     """
-    own = own_cache_bytes() * 3 // 4 // (4 * 36 * (in_channels + native.PANEL))
-    own = min(max(own, LEAST_ALONE), GROUP)
+    own = own_cache_bytes() * 3 // 4 // (4 * 36 * (in_channels + PANEL))
+    own = min(max(own, LEAST_PER_THREAD), GROUP)
     if tiles >= 2 * threads * own:
         return own, True
-    parts = -(-threads // -(-out_channels // native.PANEL))
+    parts = -(-threads // -(-out_channels // PANEL))
     return min(max(-(-block // parts), LEAST_GROUP), GROUP), False
 
 
@@ -223,7 +224,7 @@ def winograd_conv3x3(
         residual: like the result; it may be `out`.
         output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
         out: (B, H', W', Cout) to write to, each image dense.
-        tiles: tiles a block; None fits a block into the last-level cache.
+        tiles: tiles per block; None fits a block into the last-level cache.
 
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
@@ -237,11 +238,11 @@ def winograd_conv3x3(
         out = workspace.fresh(batch, height * grow, width * grow, out_channels)
     if native.usable(x, bias, residual, out):
         if weight.filters is None:
-            weight.filters = native.pack_filters(weight.weight)
+            weight.filters = calls.pack_filters(weight.weight)
         all_tiles = batch * -(-height // step) * -(-width // step)
         block = min(all_tiles, tiles or native_block(channels))
-        group, alone = native_group(all_tiles, block, channels, out_channels, torch.get_num_threads())
-        native.winograd_conv3x3(
+        group, per_thread = native_group(all_tiles, block, channels, out_channels, torch.get_num_threads())
+        calls.winograd_conv3x3(
             x,
             weight.filters,
             out,
@@ -251,7 +252,7 @@ def winograd_conv3x3(
             output_scale_factor,
             block,
             group,
-            alone,
+            per_thread,
             workspace.take,
         )
         return out

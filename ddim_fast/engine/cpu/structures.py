@@ -1,0 +1,50 @@
+"""The arguments of the C kernels, as `*.c` declares them."""
+
+import ctypes
+
+
+class Conv(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out", "taps", "scratch")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
+        *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels", "out_channels")),
+        *((name, ctypes.c_int64) for name in ("block", "group", "per_thread")),
+        ("divisor", ctypes.c_float),
+        ("upsample", ctypes.c_int32),
+    ]
+
+
+class Direct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
+        *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride", "padding")),
+        ("divisor", ctypes.c_float),
+    ]
+
+
+class Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_channels", "out_channels", "group")),
+    ]
+
+
+class Team(ctypes.Structure):
+    _fields_ = [("parallel", ctypes.c_void_p), ("number", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "x2", "weight", "bias", "add", "scale", "shift", "out", "work")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "x2_stride", "add_stride", "scale_stride", "shift_stride")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups")),
+        *((name, ctypes.c_int64) for name in ("part", "parts", "spans")),
+        ("eps", ctypes.c_float),
+        ("silu", ctypes.c_int32),
+    ]
+
+
+# By the names under which the library tells their sizes.
+STRUCTURES: dict[str, type[ctypes.Structure]] = {"conv": Conv, "direct": Direct, "norm": Norm, "product": Product}
