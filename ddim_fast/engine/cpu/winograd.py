@@ -192,7 +192,7 @@ def native_block(in_channels: int) -> int:
 
 
 def native_group(tiles: int, block: int, in_channels: int, out_channels: int, threads: int) -> tuple[int, bool]:
-    """How many tiles a thread multiplies with filters that it transformed once, and whether it makes their taps itself.
+    """How many tiles a thread multiplies with filters that it transformed once, and whether with taps of its own.
 
     It does where there are enough tiles for all threads, with as many as fit its own cache. Else the threads share the
     taps of a block of tiles, and fewer make a group where threads would idle.
