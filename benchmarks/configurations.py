@@ -7,7 +7,6 @@ integers that 16 divides. `specialise` applies those rules to recorded launches,
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,7 @@ from model_calls import FORMS, NAMESPACE, Call, fake_cuda, model_calls, other_at
 from torch._library.custom_ops import OPDEFS
 from unets import UNETS
 
-from ddim_fast.kernels import launch
-
-# The package exports the function under the name of its file.
-attention = importlib.import_module("ddim_fast.kernels.attention")
+from ddim_fast.kernels import attention, launch
 
 BATCHES = (1, 16, 64)
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32")

@@ -10,18 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ddim_fast.kernels import (
-    START,
-    STEP,
-    add_residual,
-    attention,
-    ddim_step,
-    group_norm,
-    interleave,
-    philox_normal,
-    to_uint8,
-)
-from ddim_fast.kernels.philox_normal import philox_normal_reference
+from ddim_fast.kernels.add_residual import add_residual
+from ddim_fast.kernels.attention import attention
+from ddim_fast.kernels.ddim_step import ddim_step
+from ddim_fast.kernels.group_norm import group_norm
+from ddim_fast.kernels.interleave import interleave
+from ddim_fast.kernels.philox_normal import START, STEP, philox_normal, philox_normal_reference
+from ddim_fast.kernels.to_uint8 import to_uint8
 
 CHANNELS = 256
 STEPS = 4

@@ -30,7 +30,9 @@ from ddim_fast.engine.loop import (
     time_rows,
 )
 from ddim_fast.engine.pack import pack
-from ddim_fast.kernels import attention, philox_normal, to_uint8
+from ddim_fast.kernels.attention import attention
+from ddim_fast.kernels.philox_normal import philox_normal
+from ddim_fast.kernels.to_uint8 import to_uint8
 
 NAMESPACE = "ddim_fast"
 STEPS = 50

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -62,11 +64,11 @@ def group(verbose: int) -> None:
     help="auto is float32.",
 )
 def info(model: str | None, device: str, dtype: str) -> None:
-    """Versions and devices; with MODEL also its size, which engine would run, and why.
+    """Versions, compilers and devices; with MODEL also its size, which engine would run, and why.
 
     MODEL is a local folder, a name on the Hub such as google/ddpm-cifar10-32, or ddim-fast/digits.
     """
-    for name, value in [*version_lines(), *device_lines()]:
+    for name, value in [*version_lines(), *compiled_lines(), *device_lines()]:
         click.echo(f"{name:<12} {value}")
     if model is None:
         click.echo(f"{'engines':<12} graph and fused on CUDA, fused on the CPU, plain anywhere")
@@ -79,14 +81,30 @@ def version_lines() -> list[tuple[str, str]]:
     """The versions that a bug report needs."""
     import torch
 
-    lines = [("ddim_fast", __version__), ("python", platform.python_version()), ("torch", str(torch.__version__))]
-    try:
-        import triton
+    from .kernels.optional_triton import missing, triton
 
-        lines.append(("triton", triton.__version__))
-    except ImportError:
-        lines.append(("triton", "not installed: CUDA devices run the plain engine"))
-    return lines
+    return [
+        ("ddim_fast", __version__),
+        ("python", platform.python_version()),
+        ("torch", str(torch.__version__)),
+        (
+            "triton",
+            triton.__version__ if missing is None else f"none, so CUDA devices run the plain modules: {missing}",
+        ),
+    ]
+
+
+def compiled_lines() -> list[tuple[str, str]]:
+    """What compiles kernels here, and which are compiled already."""
+    from .engine.cpu import native
+
+    # Triton looks for one in this order, when it builds what launches a kernel.
+    compilers = [os.environ.get("CC"), *map(shutil.which, ("gcc", "clang", "cl" if os.name == "nt" else "cc"))]
+    compiler = next((found for found in compilers if found), None)
+    return [
+        ("C compiler", compiler or "none, so neither Triton's launchers nor the CPU kernels can be built"),
+        ("CPU kernels", native.state()),
+    ]
 
 
 def device_lines() -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ class DDIMPipeline(PipelineMethods):
         return self._to_uint8(self._sample(**arguments))
 
     def _to_uint8(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from .kernels import to_uint8
+        from .kernels.to_uint8 import to_uint8
 
         pixels, _ = to_uint8(sample)
         return pixels, ~torch.isfinite(sample).flatten(1).all(1)

@@ -14,8 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from .autograd import backward_through
 from .launch import launch, use_triton
@@ -29,8 +27,9 @@ from .nhwc import (
     offset,
     pixels,
 )
+from .optional_triton import tl, triton
 from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
-from .tiles import chunk_count, row_tile, row_warps
+from .tiles import cdiv, chunk_count, row_tile, row_warps
 
 
 def add_residual_reference(
@@ -128,7 +127,7 @@ def _launch_add_residual(
     stats = empty_statistics(out, want_stats)
     launch(
         _add_residual_kernel,
-        (triton.cdiv(channels, block_c) * chunks * batch,),
+        (cdiv(channels, block_c) * chunks * batch,),
         {
             "x": x,
             "residual": residual,

@@ -25,17 +25,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
-from .launch import INTERPRETED, launch, use_triton
+from .launch import INTERPRETED, launch, triton_dtype, use_triton
+from .optional_triton import tl, triton
+from .tiles import cdiv, next_power_of_2
 
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 512
 _asked_capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def attention_reference(qkv: torch.Tensor, heads: int, scale: float | None = None) -> torch.Tensor:
@@ -173,8 +172,8 @@ _TF32_TILES = {64: (64, 32, 64, 4), 128: (32, 32, 64, 4), 256: (32, 16, 64, 4), 
 
 def tiles(head_dim: int, length: int, dtype: torch.dtype, capability: tuple[int, int], tf32: bool = False) -> Tiles:
     """The configuration for `head_dim` channels, `length` keys and a chip of compute `capability`."""
-    padded = max(16, triton.next_power_of_2(head_dim))
-    keys = max(16, triton.next_power_of_2(length))
+    padded = max(16, next_power_of_2(head_dim))
+    keys = max(16, next_power_of_2(length))
     if dtype == torch.float32:
         table = _TF32_TILES if tf32 else _IEEE_TILES
         block_m, block_n, chunk_d, num_warps = table[max(padded, min(table))]
@@ -221,7 +220,7 @@ def _launch_attention(qkv: torch.Tensor, out: torch.Tensor, heads: int, scale: f
     unit = math.gcd(qkv.stride(0), 16)
     launch(
         _attention_kernel,
-        (triton.cdiv(length, chosen.block_m) * heads * batch,),
+        (cdiv(length, chosen.block_m) * heads * batch,),
         {
             "qkv": qkv,
             "out": out,
@@ -236,10 +235,10 @@ def _launch_attention(qkv: torch.Tensor, out: torch.Tensor, heads: int, scale: f
             "HEAD_DIM": head_dim,
             "BLOCK_M": chosen.block_m,
             "BLOCK_N": chosen.block_n,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_D": max(16, next_power_of_2(head_dim)),
             "CHUNK_D": chosen.chunk_d,
             "EVEN_N": length % chosen.block_n == 0,
-            "DOT_DTYPE": tl.float32 if upcast else _TL_DTYPES[qkv.dtype],
+            "DOT_DTYPE": triton_dtype(torch.float32 if upcast else qkv.dtype),
             "PRECISION": "tf32" if tf32 else "ieee",
         },
         num_warps=chosen.num_warps,

@@ -24,12 +24,12 @@ byte leaves DRAM once.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from .images import FLOATS, check_apart, check_images, check_like, image_offset, is_nchw, is_nhwc
 from .launch import launch, use_triton
+from .optional_triton import tl, triton
 from .philox_normal import STEP, block_size, check_seeds, normal_at, normal_quads, philox_normal_reference, warps
+from .tiles import cdiv
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _DRAW: tl.constexpr = tl.constexpr(STEP)
@@ -244,7 +244,7 @@ def _launch_ddim_step(
     together = channels_a_program(channels)
     programs = images * channels // together
     block = block_size(pixels, programs)
-    tiles = triton.cdiv(pixels, block)
+    tiles = cdiv(pixels, block)
     strides = {f"{name}_stride": 0 if tensor is None else tensor.stride(0) for name, tensor in tensors.items()}
     orders = {f"{name.upper()}_NHWC": tensor is not None and not is_nchw(tensor) for name, tensor in tensors.items()}
     launch(

@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from .autograd import backward_through
 from .launch import launch, use_triton
@@ -42,8 +40,9 @@ from .nhwc import (
     per_image,
     pixels,
 )
+from .optional_triton import tl, triton
 from .statistics import channel_statistics, check_statistics, combine_chunks, launch_statistics, load_statistics
-from .tiles import Tile, apply_tile, chunk_tile, single_tile
+from .tiles import Tile, apply_tile, cdiv, chunk_tile, next_power_of_2, single_tile
 
 
 def group_norm_reference(
@@ -342,7 +341,7 @@ def _launch_group_norm(
             "SILU": silu,
             "BLOCK_N": tile.block_n,
             "BLOCK_C": tile.block_c,
-            "BLOCK_G": triton.next_power_of_2(tile.groups),
+            "BLOCK_G": next_power_of_2(tile.groups),
         }
 
     missing, missing2 = stats is None, x2 is not None and stats2 is None
@@ -372,7 +371,7 @@ def _launch_group_norm(
         strides |= {f"{name}_{n}": 0 if partials is None else partials.stride(i) for i, n in enumerate(names)}
     launch(
         _apply_kernel,
-        (batch * (num_groups // tile.groups) * triton.cdiv(rows, tile.rows),),
+        (batch * (num_groups // tile.groups) * cdiv(rows, tile.rows),),
         {
             **tensors,
             "stats": stats,

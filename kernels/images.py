@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
+
+from .optional_triton import tl, triton
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -18,14 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from .autograd import backward_through
 from .launch import launch, use_triton
 from .nhwc import check_activation, check_vector, image_stride, offset
+from .optional_triton import tl, triton
 from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
-from .tiles import chunk_count, row_tile
+from .tiles import cdiv, chunk_count, row_tile
 
 
 def interleave_reference(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -108,7 +107,7 @@ def _launch_interleave(
     stats = empty_statistics(out, want_stats)
     launch(
         _interleave_kernel,
-        (triton.cdiv(channels, block_c) * chunks * batch,),
+        (cdiv(channels, block_c) * chunks * batch,),
         {
             "x": x,
             "bias": bias,

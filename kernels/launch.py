@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Triton reads the variable when a kernel is defined; a later change of the environment must not split the two.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from . import optional_triton
+from .optional_triton import tl
+
+# Whether CPU tensors can run kernels in this process.
+INTERPRETED = optional_triton.wants_interpreter and optional_triton.missing is None
 _cpu_to_triton = INTERPRETED
 _records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("records", default=None)
 
@@ -33,9 +35,26 @@ class Launch:
     num_stages: int
 
 
+def triton_missing() -> str | None:
+    """Why kernels cannot be launched in this process, and the remedy; None where they can."""
+    if optional_triton.missing is None:
+        return None
+    return f"{optional_triton.missing}; pip install 'ddim_fast[cuda]' brings it where PyTorch is built for CUDA"
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
-    """CUDA tensors run the Triton kernel, CPU tensors the reference, unless `TRITON_INTERPRET=1`."""
-    return tensor.is_cuda or (_cpu_to_triton and tensor.device.type == "cpu")
+    """CUDA tensors run the Triton kernel where there is Triton, CPU tensors with `TRITON_INTERPRET=1` alone.
+
+    All others run the PyTorch reference.
+    """
+    if tensor.is_cuda:
+        return optional_triton.missing is None
+    return _cpu_to_triton and tensor.device.type == "cpu"
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name for a dtype, as a kernel's constant."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @contextlib.contextmanager
@@ -71,11 +90,18 @@ def launch(
     num_warps: int,
     num_stages: int = 1,
 ) -> None:
-    """Start `kernel` over `grid` on the device of its tensors, or record the launch."""
+    """Start `kernel` over `grid` on the device of its tensors, or record the launch.
+
+    Raises:
+        RuntimeError: there is no Triton; the message says why, and the remedy.
+    """
     records = _records.get()
     if records is not None:
         records.append(Launch(kernel, grid, dict(args), dict(constexprs), num_warps, num_stages))
         return
+    reason = triton_missing()
+    if reason is not None:
+        raise RuntimeError(f"a kernel cannot be launched: {reason}")
     tensor = next(value for value in args.values() if isinstance(value, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
+
+from .optional_triton import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

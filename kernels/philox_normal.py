@@ -22,11 +22,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from .images import MAX_IMAGE_ELEMENTS, image_offset
 from .launch import launch, use_triton
+from .optional_triton import tl, triton
+from .tiles import cdiv, next_power_of_2
 
 START = 0  # the starting noise x_T
 STEP = 1  # the noise of an update, σ_t ε
@@ -73,7 +73,7 @@ def box_muller_reference(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) ->
 def philox_normal_reference(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose: int) -> torch.Tensor:
     """The same noise in PyTorch, in passes of a cache's size."""
     images, count = shape[0], math.prod(shape[1:])
-    quads = triton.cdiv(count, 4)
+    quads = cdiv(count, 4)
     out = torch.empty((images, quads, 4), device=seeds.device)
     rows = max(1, _REFERENCE_QUADS // max(quads, 1))
     for image in range(0, images, rows):
@@ -152,8 +152,8 @@ def _philox_kernel(
 
 def block_size(elements: int, images: int, *, largest: int = 1024, programs: int = 512) -> int:
     """Elements a program takes of an image: fewer for a small batch, so that `programs` of them fill the device."""
-    block = min(largest, triton.next_power_of_2(elements))
-    while block > 256 and triton.cdiv(elements, block) * images < programs:
+    block = min(largest, next_power_of_2(elements))
+    while block > 256 and cdiv(elements, block) * images < programs:
         block //= 2
     return max(block, 128)
 
@@ -167,7 +167,7 @@ def _launch_philox_normal(seeds: torch.Tensor, step: int, purpose: int, out: tor
     """`out` (B, elements) is contiguous: float32 takes the noise, int32 Philox's integers."""
     images, elements = out.shape
     block = block_size(elements, images)
-    tiles = triton.cdiv(elements, block)
+    tiles = cdiv(elements, block)
     launch(
         _philox_kernel,
         (images * tiles,),

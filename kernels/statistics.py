@@ -15,12 +15,11 @@ of x. GroupNorm needs this launch where no block holds a group and the kernel th
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from .launch import launch, use_triton
 from .nhwc import flat, load_pair, offset, pixels
-from .tiles import chunk_count, row_tile
+from .optional_triton import tl, triton
+from .tiles import cdiv, chunk_count, row_tile
 
 
 def empty_statistics(out: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -41,14 +40,14 @@ def channel_statistics(x: torch.Tensor, chunks: int = 1) -> torch.Tensor:
     """Reference: the partials (B, chunks, 2, C) of (B, N, C), in two passes."""
     batch, rows, channels = x.shape
     x = x.float()
-    step = -(-rows // chunks)
+    step = cdiv(rows, chunks)
     if rows % chunks == 0:
         parts = x.reshape(batch * chunks, step, channels)
         mean = parts.mean(1, keepdim=True)
         m2 = (parts - mean).square_().sum(1, keepdim=True)
         return torch.cat([mean, m2], 1).view(batch, chunks, 2, channels)
     stats = x.new_zeros(batch, chunks, 2, channels)
-    for chunk in range(-(-rows // step)):
+    for chunk in range(cdiv(rows, step)):
         stats[:, chunk] = channel_statistics(x[:, chunk * step : (chunk + 1) * step])[:, 0]
     return stats
 
@@ -59,7 +58,7 @@ def combine_chunks(stats: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.
     chunks = stats.shape[1]
     if chunks == 1:
         return mean[:, 0], m2[:, 0]
-    step = -(-rows // chunks)
+    step = cdiv(rows, chunks)
     counts = (rows - step * torch.arange(chunks, device=stats.device)).clamp(0, step).to(mean.dtype)[:, None]
     total = (mean * counts).sum(1, keepdim=True) / rows
     return total[:, 0], (m2 + counts * (mean - total).square()).sum(1)
@@ -178,7 +177,7 @@ def launch_statistics(x: torch.Tensor, x2: torch.Tensor | None = None) -> torch.
     stats = x.new_empty((batch, chunks, 2, channels + channels2), dtype=torch.float32)
     launch(
         _statistics_kernel,
-        (triton.cdiv(channels + channels2, block_c) * chunks * batch,),
+        (cdiv(channels + channels2, block_c) * chunks * batch,),
         {
             "x": x,
             "x2": x2,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
 MAX_CHUNKS = 64
 MIN_CHUNK_ROWS = 64
 BLOCK_CHANNELS = 64
@@ -23,6 +21,16 @@ WIDER_ELEMENTS = 8192
 APPLY_BYTES = 8192
 ROW_ELEMENTS = 2048
 PARTIAL_ELEMENTS = 1024
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
 
 
 class Tile(NamedTuple):
@@ -40,7 +48,7 @@ def chunk_count(batch: int, rows: int, channels: int, multiprocessors: int = 132
 
     Enough for four programs per multiprocessor where they cover 64 channels each.
     """
-    programs = batch * -(-channels // BLOCK_CHANNELS)
+    programs = batch * cdiv(channels, BLOCK_CHANNELS)
     limit = min(MAX_CHUNKS, rows // MIN_CHUNK_ROWS)
     chunks = 1
     while 2 * chunks <= limit and chunks * programs < 4 * multiprocessors:
@@ -50,10 +58,10 @@ def chunk_count(batch: int, rows: int, channels: int, multiprocessors: int = 132
 
 def row_tile(batch: int, rows: int, channels: int, chunks: int, multiprocessors: int = 132) -> tuple[int, int]:
     """BLOCK_N, BLOCK_C of a kernel whose programs walk over one chunk: narrower where the grid would be small."""
-    block_c = min(triton.next_power_of_2(channels), BLOCK_CHANNELS)
-    while block_c > MIN_BLOCK_CHANNELS and batch * chunks * -(-channels // block_c) < 4 * multiprocessors:
+    block_c = min(next_power_of_2(channels), BLOCK_CHANNELS)
+    while block_c > MIN_BLOCK_CHANNELS and batch * chunks * cdiv(channels, block_c) < 4 * multiprocessors:
         block_c //= 2
-    return min(triton.next_power_of_2(-(-rows // chunks)), ROW_ELEMENTS // block_c), block_c
+    return min(next_power_of_2(cdiv(rows, chunks)), ROW_ELEMENTS // block_c), block_c
 
 
 def row_warps(block_n: int, block_c: int, itemsize: int) -> int:
@@ -79,7 +87,7 @@ def single_tile(
     """The tile that holds all pixels of a few groups in registers, or None where none does."""
 
     def tile(groups: int) -> Tile:
-        block_n, block_c = triton.next_power_of_2(rows), triton.next_power_of_2(groups * channels_per_group)
+        block_n, block_c = next_power_of_2(rows), next_power_of_2(groups * channels_per_group)
         return Tile(groups, rows, block_n, block_c, min(max(block_n * block_c // 1024, 1), 16))
 
     best = tile(_groups_at_least(num_groups, SECTOR_BYTES // itemsize, channels_per_group))
@@ -114,8 +122,8 @@ def apply_tile(
         columns = batch * (num_groups // groups)
         if columns * (rows // fewest) >= 4 * multiprocessors:
             break
-    block_c = triton.next_power_of_2(groups * channels_per_group)
+    block_c = next_power_of_2(groups * channels_per_group)
     wanted = max(fewest, min(1024, columns * rows // (4 * multiprocessors)))
-    block_n = max(1, min(triton.next_power_of_2(wanted), APPLY_BYTES // itemsize // block_c))
+    block_n = max(1, min(next_power_of_2(wanted), APPLY_BYTES // itemsize // block_c))
     num_warps = min(max(block_n * block_c * itemsize // 1024, 1), 8)
-    return Tile(groups, triton.cdiv(wanted, block_n) * block_n, block_n, block_c, num_warps)
+    return Tile(groups, cdiv(wanted, block_n) * block_n, block_n, block_c, num_warps)

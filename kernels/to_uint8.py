@@ -13,12 +13,12 @@ at a time, an NCHW one gathered out of cache lines that the program uses up.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from .images import FLOATS, check_images, image_offset, is_nhwc
 from .launch import launch, use_triton
+from .optional_triton import tl, triton
 from .philox_normal import block_size
+from .tiles import cdiv
 
 
 def to_uint8_reference(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def _launch_to_uint8(sample: torch.Tensor, images: torch.Tensor, bad: torch.Tens
     batch, channels, height, width = sample.shape
     elements = channels * height * width
     block = block_size(elements, batch, largest=2048)
-    tiles = triton.cdiv(elements, block)
+    tiles = cdiv(elements, block)
     launch(
         _to_uint8_kernel,
         (batch * tiles,),

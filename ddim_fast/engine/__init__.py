@@ -67,7 +67,7 @@ class EngineState:
 
 def choose(pipe: PipelineMethods) -> tuple[str, str]:
     """The engine that would run, "plain", "fused" or "graph", and why."""
-    from .pack import altered, unsupported
+    from .pack import altered
 
     device = pipe._execution_device
     if pipe.engine == "plain":
@@ -79,7 +79,7 @@ def choose(pipe: PipelineMethods) -> tuple[str, str]:
     changed = altered(pipe.unet, {hook.id for hook in pipe._offload_hooks})
     if changed is not None:
         return "plain", changed
-    unknown = unsupported(pipe.unet)
+    unknown = unfusable(pipe)
     wants_graph = pipe.engine == "graph" or (pipe.engine == "auto" and device.type == "cuda")
     if wants_graph and device.type == "cuda" and not pipe.offloads:
         if unknown is None:
@@ -91,6 +91,14 @@ def choose(pipe: PipelineMethods) -> tuple[str, str]:
         reason = "the weights are offloaded between calls" if pipe.offloads else "CUDA graphs need a CUDA device"
         return "fused", reason
     return "fused", f"the model runs fused on {device.type}"
+
+
+def unfusable(pipe: PipelineMethods) -> str | None:
+    """Why the plain modules run in place of packed weights and fused kernels; None where nothing stands against it."""
+    from ..kernels.launch import triton_missing
+    from .pack import unsupported
+
+    return unsupported(pipe.unet) or (triton_missing() if pipe._execution_device.type == "cuda" else None)
 
 
 def sample(pipe: PipelineMethods, latents: Tensor, **arguments: Any) -> Tensor:
@@ -154,11 +162,11 @@ def sample_fast(
 
 def packed_unet(pipe: PipelineMethods) -> PackedUNet | None:
     """The packed weights of `pipe.unet`, packed anew if they have changed; None for a model that stays plain."""
-    from .pack import pack, unsupported
+    from .pack import pack
 
     forget_if_changed(pipe)
     state = pipe.engine_state
-    if state.packed is None and unsupported(pipe.unet) is None:
+    if state.packed is None and unfusable(pipe) is None:
         if pipe.offloads:
             pipe.unet.to(pipe._execution_device)
         state.packed = pack(pipe.unet, pipe.exact)

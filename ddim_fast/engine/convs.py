@@ -118,7 +118,7 @@ def conv_before_norm(x: Tensor, conv: Conv | UpsampleConv, vector: Tensor) -> tu
     if conv.cpu is not None:
         return cpu_conv.conv3x3(x, conv.cpu, bias=vector, exact=conv.exact, reuse_buffer=True), None
     if isinstance(conv, UpsampleConv):
-        from ..kernels import interleave
+        from ..kernels.interleave import interleave
 
         return interleave(phases(x, conv))[0], vector
     return bare(x, conv), vector
@@ -140,7 +140,7 @@ def conv_to_residual(
                 exact=conv.exact,
             )
         )
-    from ..kernels import add_residual
+    from ..kernels.add_residual import add_residual
 
     convolved = bare(x, conv)
     return Activation(
@@ -154,7 +154,7 @@ def conv_alone(x: Tensor, conv: Conv) -> Activation:
     """conv(x) + its bias, with statistics."""
     if fuses_bias(x):
         return Activation(bare(x, conv, conv.bias))
-    from ..kernels import add_residual
+    from ..kernels.add_residual import add_residual
 
     convolved = bare(x, conv)
     return Activation(*add_residual(convolved, None, conv.bias, want_stats=True, out=convolved))
@@ -170,6 +170,6 @@ def upsample_conv(x: Tensor, conv: UpsampleConv) -> Activation:
     """Nearest 2x upsampling, convolution and bias, with statistics."""
     if conv.cpu is not None:
         return Activation(cpu_conv.upsample_conv(x, conv.cpu, conv.bias, exact=conv.exact))
-    from ..kernels import interleave
+    from ..kernels.interleave import interleave
 
     return Activation(*interleave(phases(x, conv), conv.bias, want_stats=True))

@@ -89,7 +89,7 @@ def apply_norm(
             silu=silu,
             reuse_buffer=True,
         )
-    from ..kernels import group_norm
+    from ..kernels.group_norm import group_norm
 
     return group_norm(
         x.data,
@@ -172,7 +172,8 @@ def average_pool(x: Tensor) -> Tensor:
 
 def apply_attention(x: Activation, block: Attention) -> Activation:
     """(x + out(attention(qkv(norm(x))))) / output_scale_factor."""
-    from ..kernels import add_residual, attention
+    from ..kernels.add_residual import add_residual
+    from ..kernels.attention import attention
 
     normed = x.data if block.norm is None else apply_norm(x, None, block.norm, silu=False)
     tokens = linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)

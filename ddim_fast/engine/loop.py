@@ -100,7 +100,8 @@ def make_update(scheduler: DDIMScheduler, use_clipped_model_output: bool) -> Upd
 
 def run_step(state: State, predict: Predict, update: Update, index: int) -> None:
     """One step: the UNet and one update launch, in place on `state.sample` and `state.low`."""
-    from ..kernels import ddim_step, x0_quantile
+    from ..kernels.ddim_step import ddim_step
+    from ..kernels.x0_quantile import x0_quantile
 
     output, bias = predict(state, index)
     threshold = None

@@ -15,7 +15,8 @@ from ddim_fast import UNet2DModel
 from ddim_fast.engine.convs import padded_weight
 from ddim_fast.engine.forward import fused_forward, time_table
 from ddim_fast.engine.pack import pack
-from ddim_fast.kernels import group_norm, launch
+from ddim_fast.kernels import launch
+from ddim_fast.kernels.group_norm import group_norm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

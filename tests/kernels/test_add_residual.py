@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 
-from ddim_fast.kernels import add_residual, tiles
+from ddim_fast.kernels import tiles
+from ddim_fast.kernels.add_residual import add_residual
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,6 +1,5 @@
 """Attention from a packed QKV projection, against softmax(q kᵀ · scale) v in float64."""
 
-import importlib
 import logging
 import math
 
@@ -11,11 +10,9 @@ from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ddim_fast.kernels import attention as attention_module
 from ddim_fast.kernels import launch
 from ddim_fast.kernels.attention import Tiles, attention, attention_reference, tiles, tiles_for
-
-# The package exports the function under the name of its file.
-attention_module = importlib.import_module("ddim_fast.kernels.attention")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 from torch._subclasses import FakeTensorMode
 
-from ddim_fast.kernels import STEP, ddim_step, philox_normal
-from ddim_fast.kernels.ddim_step import _launch_ddim_step, channels_a_program
+from ddim_fast.kernels.ddim_step import _launch_ddim_step, channels_a_program, ddim_step
 from ddim_fast.kernels.launch import recording
+from ddim_fast.kernels.philox_normal import STEP, philox_normal
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]

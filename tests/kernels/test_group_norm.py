@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 
-from ddim_fast.kernels import add_residual, group_norm, tiles
-from ddim_fast.kernels.group_norm import _launch_group_norm
+from ddim_fast.kernels import tiles
+from ddim_fast.kernels.add_residual import add_residual
+from ddim_fast.kernels.group_norm import _launch_group_norm, group_norm
 from ddim_fast.kernels.launch import recording
 from ddim_fast.kernels.nhwc import load_pair, offset
 

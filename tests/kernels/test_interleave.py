@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TOLERANCE, guarded, relative_l2
 
-from ddim_fast.kernels import group_norm, interleave
+from ddim_fast.kernels.group_norm import group_norm
+from ddim_fast.kernels.interleave import interleave
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -13,20 +13,17 @@ import triton.language as tl
 from support import relative_l2
 from torch._subclasses import FakeTensorMode
 
-from ddim_fast.kernels import (
-    STEP,
-    add_residual,
-    attention,
-    ddim_step,
-    group_norm,
-    interleave,
-    launch,
-    philox_normal,
-    to_uint8,
-    x0_quantile,
-)
+from ddim_fast.kernels import launch
+from ddim_fast.kernels.add_residual import add_residual
+from ddim_fast.kernels.attention import attention
+from ddim_fast.kernels.ddim_step import ddim_step
+from ddim_fast.kernels.group_norm import group_norm
 from ddim_fast.kernels.images import image_offset
+from ddim_fast.kernels.interleave import interleave
 from ddim_fast.kernels.nhwc import offset
+from ddim_fast.kernels.philox_normal import STEP, philox_normal
+from ddim_fast.kernels.to_uint8 import to_uint8
+from ddim_fast.kernels.x0_quantile import x0_quantile
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from support import TOLERANCE, relative_l2
 
-from ddim_fast.kernels import START, STEP, philox_normal
 from ddim_fast.kernels.philox_normal import (
+    START,
+    STEP,
     _launch_philox_normal,
     block_size,
     box_muller_reference,
     philox_integers_reference,
+    philox_normal,
     warps,
 )
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import guarded, guarded_output, guards_intact
 
-from ddim_fast.kernels import raise_if_bad, to_uint8
-from ddim_fast.kernels.to_uint8 import _launch_to_uint8
+from ddim_fast.kernels.to_uint8 import _launch_to_uint8, raise_if_bad, to_uint8
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

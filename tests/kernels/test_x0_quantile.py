@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import relative_l2
 
-from ddim_fast.kernels import ddim_step, x0_quantile
-from ddim_fast.kernels.x0_quantile import quantile
+from ddim_fast.kernels.ddim_step import ddim_step
+from ddim_fast.kernels.x0_quantile import quantile, x0_quantile
 
 
 @settings(max_examples=60, deadline=None)

@@ -26,31 +26,45 @@ logger = logging.getLogger(__name__)
 MODULE = "ddim_fast.engine.cpu._kernels"
 
 
-@cache
 def library() -> Any:
-    """The loaded kernels; None where the installation has none."""
-    spec = importlib.util.find_spec(MODULE)
-    loaded, state = None, None
-    if spec is None or spec.origin is None:
-        state = "not built"
-    else:
-        try:
-            loaded = ctypes.CDLL(spec.origin)
-        except OSError as error:
-            state = f"not loadable ({error})"
-    if loaded is not None and not is_current(loaded):
-        state = "of another version"
-    elif loaded is not None and platform.machine().lower() in ("x86_64", "amd64") and not loaded.ddim_fast_level():
-        state = "without vector instructions that this processor has (they are built by GCC, for AVX2 and AVX-512)"
-    if state is not None:
+    """The loaded kernels; None where the installation has none, which the log says once."""
+    loaded, state = _load()
+    if loaded is None:
         log_once(
             logger,
             logging.INFO,
             f"the C kernels of the CPU engine are {state}, so PyTorch's operators take their place, more "
             "slowly; with a C compiler at hand, install ddim_fast again",
         )
-        return None
     return loaded
+
+
+def state() -> str:
+    """The instruction set that the kernels use, or why there are none."""
+    loaded, reason = _load()
+    if loaded is None:
+        return reason
+    return ("the processor's basic vectors", "AVX2", "AVX-512")[loaded.ddim_fast_level()]
+
+
+@cache
+def _load() -> tuple[Any, str]:
+    """The loaded kernels, or None and why there are none."""
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        return None, "not built"
+    try:
+        loaded = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"not loadable ({error})"
+    if not is_current(loaded):
+        return None, "of another version"
+    if platform.machine().lower() in ("x86_64", "amd64") and not loaded.ddim_fast_level():
+        return (
+            None,
+            "without vector instructions that this processor has (they are built by GCC, for AVX2 and AVX-512)",
+        )
+    return loaded, ""
 
 
 @cache
