@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from .batch_size import choose_batch_size
-from .errors import BadImages, JobError, explain
-from .job import Job, fingerprint, read_job
+from .errors import BadImages, JobError
+from .explain import explain
+from .job import Job, fingerprint
+from .job_file import read_job
 from .plan import engine_of, load_pipeline
 from .progress import Progress
 from .protocols import Pipeline
@@ -27,6 +29,7 @@ from .records import read_record, read_records
 from .report import Report, add_times
 from .sampling import Sampler
 from .settings import JobSettings
+from .state import ChunkRecord
 from .store import Store, open_store
 from .writing import Writer
 
@@ -187,7 +190,7 @@ class ChunkWorker:
         # The worker that had this chunk before may have died after it was finished.
         if self.problem or read_record(self.store, index) is not None:
             return row
-        records: list[dict[str, Any]] = []
+        records: list[ChunkRecord] = []
         sampler = Sampler(self.pipe, self.job)
         writer = Writer(self.job, self.store, self.on_bad, lambda _, record: records.append(record))
         start = time.perf_counter()
@@ -199,7 +202,7 @@ class ChunkWorker:
         except JobError as error:
             row["error"], row["bad"] = str(error), isinstance(error, BadImages)
         except OSError as error:
-            row["error"] = explain(error, self.store.out)
+            row["error"] = explain(error, self.store)
         if not row["error"]:
             row["made"] = records[0]["images"]
         row.update(add_times(sampler.seconds, writer.seconds))

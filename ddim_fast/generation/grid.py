@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .errors import JobError
 from .formats.png import write_png
 from .job import Job
-from .records import finish_record, write_finish_record
+from .records import Records, finish_record, write_finish_record
 from .store import Store, open_store
 
 DEFAULT_GRID = "grid.png"
 GRID_IMAGES = 64
+# A file is replaced or removed as a contact sheet if it says that it is one.
+MARK = b"ddim_fast contact sheet"
 
 
-def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -> None:
+def write_grid(job: Job, store: Store, finished: Records, grid: str) -> None:
     """Write a contact sheet of the first images: into the job's folder for a bare name, else where `grid` says."""
     try:
         sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
@@ -32,23 +33,45 @@ def write_grid(job: Job, store: Store, finished: Mapping[int, Any], grid: str) -
         ) from error
     if sheet is None:
         return
-    data = write_png(sheet, {})
+    data = write_png(sheet, {"Software": MARK})
     if "/" not in grid and os.sep not in grid:
         # The record first: cut off between the two, the next run sees that the file is not there.
-        files = finish_record(store).get("files", {})
+        files = finish_record(store)["files"]
+        _refuse_foreign(store, grid)
         write_finish_record(store, {**files, grid: hashlib.sha256(data).hexdigest()}, complete=True)
         store.write(grid, data)
     elif "://" in grid:
         folder, name = grid.rsplit("/", 1)
+        _refuse_foreign(open_store(folder), name)
         open_store(folder).write(name, data)
     else:
         path = Path(grid)
+        _refuse_foreign(open_store(path.parent), path.name)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.write_bytes(data)
         draft.replace(path)
 
 
-def read_images(job: Job, store: Store, finished: Mapping[int, Any]) -> Iterator[np.ndarray]:
+def is_sheet_name(name: str) -> bool:
+    """Whether a file of that name in the job's folder could be a contact sheet."""
+    return "/" not in name and os.sep not in name and name.endswith(".png") and not name.removesuffix(".png").isdigit()
+
+
+def is_sheet(store: Store, name: str) -> bool:
+    """Whether the file `name` is a contact sheet that a job wrote."""
+    try:
+        with store.open(name) as file:
+            return b"tEXtSoftware\0" + MARK in file.read(256)
+    except OSError:
+        return False
+
+
+def _refuse_foreign(store: Store, name: str) -> None:
+    if store.exists(name) and not is_sheet(store, name):
+        raise JobError(f"{store.out}/{name} is no contact sheet of a job, so it is kept; choose another `grid`")
+
+
+def read_images(job: Job, store: Store, finished: Records) -> Iterator[np.ndarray]:
     """Every image of a job in the order of its seeds."""
     for index in range(job.num_chunks):
         bad = set(finished[index]["bad"])

@@ -1,4 +1,4 @@
-"""What a job is: its settings, how they are kept in `job.json`, and its division into chunks."""
+"""What a job is: its settings, and its division into chunks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import formats
 from .labels import Labels
 from .protocols import Network, Scheduler
-from .seeds import Seeds, parse_seeds
-from .store import Store
-
-SETTINGS_FILE = "job.json"
+from .seeds import Seeds
+from .state import ChunkRecord, Settings
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Job:
 
     seeds: Seeds
     labels: Labels | None
-    settings: dict[str, Any]
+    settings: Settings
     model: str | None = None
 
     @property
@@ -62,10 +61,16 @@ class Job:
         return formats.load(self.settings["format"])
 
     @functools.cached_property
+    def _settings_of_chunks(self) -> bytes:
+        kept = {name: value for name, value in self.settings.items() if name not in ("seeds", "class_labels")}
+        return json.dumps(kept, sort_keys=True).encode()
+
+    @functools.cached_property
     def png_settings(self) -> bytes:
         """The settings that a PNG carries as text."""
         kept = ("num_inference_steps", "eta", "timesteps", "batch_size", "dtype", "engine", "weights")
-        text = {"model": self.model, **{name: self.settings[name] for name in kept}}
+        settings: Mapping[str, Any] = self.settings
+        text = {"model": self.model, **{name: settings[name] for name in kept}}
         return json.dumps(text, ensure_ascii=True).encode()
 
     def chunk_seeds(self, index: int) -> list[int]:
@@ -87,7 +92,7 @@ class Job:
         short = self.num_chunks * self.chunk_size - len(self.seeds) if self.num_chunks - 1 in chunks else 0
         return len(chunks) * self.chunk_size - short
 
-    def missing(self, finished: Mapping[int, Any]) -> Iterator[int]:
+    def missing(self, finished: Mapping[int, ChunkRecord]) -> Iterator[int]:
         """The chunks that are not `finished`."""
         return (chunk for chunk in range(self.num_chunks) if chunk not in finished)
 
@@ -105,53 +110,14 @@ def fingerprint(unet: Network, scheduler: Scheduler) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def settings_text(job: Job) -> bytes:
-    """The content of `job.json`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        ours = version("ddim_fast")
-    except PackageNotFoundError:
-        ours = "unknown"
-    content = {"ddim_fast": ours, "model": job.model, "settings": job.settings}
-    return "".join([*json.JSONEncoder(indent=2).iterencode(content), "\n"]).encode()
-
-
-def read_job(store: Store) -> Job | None:
-    """The job whose folder this is, without its labels; None if the folder holds no job.
-
-    Raises `ValueError` if `job.json` is not a job's.
-    """
-    try:
-        text = store.read(SETTINGS_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        content = json.loads(text)
-        settings = content["settings"]
-        return Job(parse_seeds(settings["seeds"]), None, settings, content["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{store.out}/{SETTINGS_FILE} is not the settings of a job ({error})") from None
-
-
-def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], out: str) -> None:
-    """Raise `ValueError`, with every difference, unless two runs' settings agree."""
-    names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-    if names:
-        differences = "; ".join(
-            f"{name} is {_short(there.get(name))}, now {_short(wanted.get(name))}" for name in names
-        )
-        raise ValueError(
-            f"{out} holds a job with other settings: {differences}. Repeat its settings, choose another folder, "
-            "or start again with overwrite"
-        )
+def chunk_key(job: Job, chunk: Chunk) -> str:
+    """SHA-256 of all that makes the files of `chunk`: the job's settings, and the chunk's own seeds and labels."""
+    digest = hashlib.sha256(job._settings_of_chunks)
+    for values in (chunk.seeds, chunk.labels):
+        digest.update(b"none" if values is None else np.asarray(values, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def chunk_digest(files: list[bytes]) -> str:
     """SHA-256 over the SHA-256 of each file of a chunk."""
     return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files)).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:56]} …"

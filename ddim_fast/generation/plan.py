@@ -15,6 +15,7 @@ from .labels import Labels
 from .protocols import Pipeline
 from .seeds import Seeds
 from .settings import JobSettings
+from .state import Settings
 
 # Images that are worth a flush to disk.
 CHUNK_IMAGES = 1024
@@ -40,7 +41,7 @@ def plan(settings: JobSettings, pipe: Pipeline, seeds: Seeds, there: Job | None,
     if isinstance(batch_size, str):
         batch_size = choose(pipe, len(seeds), labels.take(0, [0]))
     image_shape = _image_shape(pipe.unet.config, settings.format)
-    complete = {
+    complete: Settings = {
         "seeds": str(seeds),
         "class_labels": labels.setting,
         "num_inference_steps": settings.num_inference_steps if timesteps is None else len(timesteps),

@@ -1,16 +1,24 @@
-"""What a job keeps of its progress: a record for each finished chunk, and one of the files of the whole job."""
+"""What a job keeps of its progress: a record for each chunk, and one of the files of the whole job."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
-from .store import HIDDEN, Store
+from .state import (
+    FINISHED,
+    BegunRecord,
+    ChunkRecord,
+    DamagedState,
+    FinishRecord,
+    parse_state,
+    read_state,
+    state_text,
+)
+from .store import RECORDS, Store
 
-RECORDS = f"{HIDDEN}/chunks"
-FINISHED = f"{HIDDEN}/finished.json"
+Records = Mapping[int, ChunkRecord]
 
 
 def record_name(index: int) -> str:
@@ -18,63 +26,80 @@ def record_name(index: int) -> str:
     return f"{RECORDS}/{index:06d}.json"
 
 
-def record_text(record: Mapping[str, Any]) -> bytes:
-    """The content of a record's file."""
-    return (json.dumps(record) + "\n").encode()
+def recorded_chunks(store: Store) -> list[int]:
+    """The chunks that have a record, finished or not. Names that no chunk has are left aside."""
+    found = []
+    for name in store.names(RECORDS):
+        match = re.fullmatch(r"([0-9]{6,18})\.json", name)
+        if match and record_name(int(match[1])) == f"{RECORDS}/{name}":
+            found.append(int(match[1]))
+    return sorted(found)
 
 
-def read_records(store: Store) -> dict[int, dict[str, Any]]:
+def read_records(store: Store) -> dict[int, ChunkRecord]:
     """The finished chunks: index to record."""
-    names = [name for name in store.names(RECORDS) if name.removesuffix(".json").isdigit()]
-    texts = store.read_many([f"{RECORDS}/{name}" for name in names])
-    records = {int(name.removesuffix(".json")): _record(text) for name, text in zip(names, texts, strict=True)}
+    indices = recorded_chunks(store)
+    texts = store.read_many([record_name(index) for index in indices])
+    records = {index: _finished(text) for index, text in zip(indices, texts, strict=True)}
     return {index: record for index, record in records.items() if record is not None}
 
 
-def read_record(store: Store, index: int) -> dict[str, Any] | None:
+def read_record(store: Store, index: int) -> ChunkRecord | None:
     """The record of chunk `index`; None if it is not finished."""
-    return _record(store.read_many([record_name(index)])[0])
+    return _finished(store.read_many([record_name(index)])[0])
 
 
-def drop_records(store: Store, finished: Mapping[int, dict[str, Any]], indices: Iterable[int]) -> None:
+def damaged_records(store: Store) -> list[int]:
+    """The chunks whose record is neither that of a finished chunk nor that of one to make again."""
+    indices = recorded_chunks(store)
+    texts = store.read_many([record_name(index) for index in indices])
+    begun = images_of_begun(store, indices)
+    return [
+        index for index, text in zip(indices, texts, strict=True) if _finished(text) is None and index not in begun
+    ]
+
+
+def begun_text(images: int) -> bytes:
+    """The record of a chunk of `images` images that is to be made (again)."""
+    return state_text({"images": images})
+
+
+def drop_records(store: Store, finished: Records, indices: Iterable[int]) -> None:
     """Have chunks made again. Their number of images stays known: an array holds those of later chunks behind them."""
     for index in indices:
-        store.write(record_name(index), record_text({"images": finished[index]["images"]}))
+        store.write(record_name(index), begun_text(finished[index]["images"]))
 
 
-def images_of_dropped(store: Store, indices: Sequence[int]) -> dict[int, int]:
-    """How many images each chunk had whose record was dropped; without those of which nothing is known."""
-    texts = store.read_many([record_name(index) for index in indices])
+def images_of_begun(store: Store, indices: Sequence[int]) -> dict[int, int]:
+    """How many images each chunk had that is to be made again; without those of which nothing is known."""
     known = {}
-    for index, text in zip(indices, texts, strict=True):
-        with suppress(ValueError, KeyError, TypeError):
-            known[index] = int(json.loads(text or b"")["images"])
+    for index, text in zip(indices, store.read_many([record_name(index) for index in indices]), strict=True):
+        with suppress(DamagedState):
+            known[index] = parse_state(text or b"", BegunRecord, "")["images"]
     return known
 
 
 def is_finished(store: Store) -> bool:
     """Whether the files of the whole job are written and no chunk was dropped since."""
-    return bool(finish_record(store).get("complete"))
+    return finish_record(store)["complete"]
 
 
-def finish_record(store: Store) -> dict[str, Any]:
-    """`files`, those of the whole job with their digests, and whether they are `complete`; empty before the first."""
-    with suppress(FileNotFoundError, ValueError):
-        record: dict[str, Any] = json.loads(store.read(FINISHED))
-        return record
-    return {}
+def finish_record(store: Store) -> FinishRecord:
+    """What is recorded of the files of the whole job; nothing before the first, or where that record is damaged."""
+    try:
+        return read_state(store, FINISHED, FinishRecord)
+    except (FileNotFoundError, DamagedState):
+        return {"files": {}, "complete": False}
 
 
 def write_finish_record(store: Store, files: Mapping[str, str], complete: bool) -> None:
     """Record the SHA-256 of each file of the whole job."""
-    store.write(FINISHED, record_text({"files": dict(files), "complete": complete}))
+    store.write(FINISHED, state_text({"files": dict(files), "complete": complete}))
 
 
-def _record(text: bytes | None) -> dict[str, Any] | None:
+def _finished(text: bytes | None) -> ChunkRecord | None:
     # A power failure may leave a record empty: its chunk is made again.
     try:
-        record: dict[str, Any] = json.loads(text or b"")
-        record["images"], record["sha256"], record["bad"]
-    except (ValueError, KeyError, TypeError):
+        return parse_state(text or b"", ChunkRecord, "")
+    except DamagedState:
         return None
-    return record

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import numpy as np
 
 from .batch_size import choose_batch_size
 from .claim import claim
-from .errors import JobError, explain
+from .errors import JobError
+from .explain import explain
 from .finish import finish_job
 from .grid import write_grid
-from .job import Chunk, Job, read_job
+from .job import Chunk, Job
+from .job_file import check_in_place, find_job
 from .plan import engine_of, load_pipeline, plan
 from .progress import Progress
 from .protocols import Pipeline
@@ -24,6 +24,7 @@ from .report import Report, add_times
 from .sampling import Sampler
 from .seeds import Seeds, as_seeds
 from .settings import JobSettings, grid_file, shard_of, takes
+from .state import ChunkRecord
 from .store import Store, open_store
 from .writing import Writer
 
@@ -47,7 +48,7 @@ def generate(settings: JobSettings) -> Report:
         with store.held(index, count):
             return _run(settings, seeds, store, index, count)
     except OSError as error:
-        raise JobError(explain(error, os.fspath(settings.out))) from error
+        raise JobError(explain(error, store)) from error
 
 
 def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: int) -> Report:
@@ -63,8 +64,9 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
         else:
             pipe = load_pipeline(settings.pipe, settings.device, settings.dtype, settings.engine)
             choose = choose_batch_size
-        there = read_job(store)
-        job = claim(plan(settings, pipe, seeds, there, choose), store, there, settings.overwrite, grid)
+        found = find_job(store)
+        job = plan(settings, pipe, seeds, found.job, choose)
+        job = claim(job, store, found, settings.overwrite, grid)
         report = Report(store.out, settings.format, total=len(seeds), shard=f"{index}/{count}")
         report.batch_size, report.dtype = job.batch_size, job.settings["dtype"]
         report.engine, report.device = engine_of(pipe), str(pipe.device)
@@ -82,6 +84,7 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
                 cluster.run(pipe, job, store, todo, settings.on_bad, report, bar)
             else:
                 run_here(pipe, job, store, todo, settings.on_bad, report, bar)
+            check_in_place(store, job)
             _finish(job, store, report, grid)
             store.close(report.complete)
             report.seconds = time.perf_counter() - start
@@ -89,12 +92,12 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
         except BaseException as error:
             with suppress(OSError):
                 store.close(finished=False)
-            safe = f"{report.done:,} of {report.shard_total:,} images are done and safe"
+            safe = _what_is_safe(store, job, report)
             bar.event("stopped", reason=str(error) or type(error).__name__, done=report.done, total=report.shard_total)
             if isinstance(error, JobError):
                 raise type(error)(f"{error}; {safe}") from error
             if isinstance(error, OSError):
-                raise JobError(f"{explain(error, store.out)}; {safe}") from error
+                raise JobError(f"{explain(error, store)}; {safe}") from error
             raise
         finally:
             bar.close()
@@ -106,7 +109,7 @@ def run_here(
 ) -> None:
     """Make the chunks `todo` in this process. Whatever stops it, the chunks that are sampled by then are finished."""
 
-    def on_chunk(index: int, record: dict[str, Any]) -> None:
+    def on_chunk(index: int, record: ChunkRecord) -> None:
         report.made += record["images"]
         report.done += len(job.chunk_seeds(index))
 
@@ -136,3 +139,11 @@ def _finish(job: Job, store: Store, report: Report, grid: str | None) -> None:
                 finish_job(job, store, finished)
             if grid is not None and (new or not store.exists(grid)):
                 write_grid(job, store, finished, grid)
+
+
+def _what_is_safe(store: Store, job: Job, report: Report) -> str:
+    try:
+        check_in_place(store, job)
+    except (JobError, OSError):
+        return f"what is left in {store.out} is unknown"
+    return f"{report.done:,} of {report.shard_total:,} images are done and safe"

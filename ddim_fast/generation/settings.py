@@ -14,7 +14,7 @@ import torch
 
 from ..pipeline import ENGINES
 from . import formats
-from .grid import DEFAULT_GRID, GRID_IMAGES
+from .grid import DEFAULT_GRID, GRID_IMAGES, is_sheet_name
 from .protocols import Pipeline
 from .seeds import Seeds
 from .shards import find_shard, parse_shard
@@ -167,8 +167,7 @@ def grid_file(settings: JobSettings, num_images: int) -> str | None:
 def _check_grid(grid: str | bool | None) -> None:
     if grid is None or isinstance(grid, bool):
         return
-    name = os.path.basename(grid)
-    if not name.endswith(".png") or (name == grid and name.removesuffix(".png").isdigit()):
+    if not is_sheet_name(os.path.basename(grid)):
         raise ValueError(f"grid must be a file such as grid.png, named unlike an image; got {grid!r}")
     folder = os.path.dirname(grid)
     if folder and "://" not in grid and not os.path.isdir(folder):

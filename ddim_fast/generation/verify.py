@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from .ahead import ahead
-from .errors import JobError
-from .job import Job, chunk_digest, read_job
-from .records import drop_records, finish_record, read_records, write_finish_record
+from .grid import is_sheet_name
+from .job import Job, chunk_digest
+from .job_file import find_job, mend
+from .records import (
+    Records,
+    damaged_records,
+    drop_records,
+    finish_record,
+    is_finished,
+    read_records,
+    record_name,
+    write_finish_record,
+)
+from .state import FINISHED, SETTINGS_FILE, DamagedState, FinishRecord, read_state
 from .store import Store, file_digest, open_store
 
 THREADS = 4
@@ -54,11 +65,15 @@ def verify(
     holds no job, and `JobError` if `repair` finds a run at work on it.
     """
     store = open_store(out, "verify")
-    job = read_job(store)
-    if job is None:
-        raise ValueError(f"{os.fspath(out)} holds no job (no job.json)")
-    finished = read_records(store)
+    found = find_job(store)
+    if found.job is None:
+        raise ValueError(
+            f"{'; '.join(found.problems) or f'{os.fspath(out)} holds no job (no {SETTINGS_FILE})'}; "
+            "if a job was made there, its own command goes on with what its records tell"
+        )
+    job, finished = found.job, read_records(store)
     result = Verification(store.out, len(job.seeds))
+    result.problems += [*found.problems, *_check_records(job, store, finished)]
     missing = list(job.missing(finished))
     result.missing = sum(len(job.chunk_seeds(index)) for index in missing)
     if missing:
@@ -66,50 +81,84 @@ def verify(
     done = sorted(index for index in finished if index < job.num_chunks)
     checks = ahead(lambda index: _check_chunk(job, store, index, finished), done, THREADS)
     bar = tqdm(checks, total=len(done), unit="chunk", disable=not progress)
-    for index, (found, problem) in zip(done, bar, strict=True):
-        result.bad += finished[index]["bad"]
+    for index, (images, problem) in zip(done, bar, strict=True):
         if problem:
             result.damaged.append(index)
             result.problems.append(problem)
         else:
-            result.images += found
-    for name, problem in _check_whole(store):
+            result.images += images
+            result.bad += finished[index]["bad"]
+    for name, problem in _check_whole(job, store):
         result.files.append(name)
         result.problems.append(f"{name} {problem}")
-    if not missing and not finish_record(store).get("complete"):
+    if not missing and not is_finished(store):
         result.problems.append("the files of the whole job are not written yet; run the same command again")
     result.problems += [f"{name} is not of this job" for name in _strays(job, store)]
     if hashes is not None:
         _write_hashes(job, store, hashes)
-    if repair and (result.damaged or result.files):
+    if repair and (result.damaged or result.files or found.problems):
         with store.held(0, 1):
             store.prepare()
-            write_finish_record(store, finish_record(store).get("files", {}), complete=False)
-            drop_records(store, finished, result.damaged)
+            mend(store, found)
+            if result.damaged or result.files:
+                write_finish_record(store, _whole_files(job, store), complete=False)
+                drop_records(store, finished, result.damaged)
             store.close(finished=True)
     return result
 
 
-def _check_chunk(job: Job, store: Store, index: int, finished: dict[int, Any]) -> tuple[int, str | None]:
-    record = finished[index]
+def _check_records(job: Job, store: Store, finished: Records) -> Iterator[str]:
+    """A line for each record that is damaged, or of a chunk that the job does not have."""
+    for index in damaged_records(store):
+        yield f"chunk {index}: its record is damaged, so it is made again"
+    for index in finished:
+        if index >= job.num_chunks:
+            yield f"{record_name(index)} is of a chunk that this job does not have"
+
+
+def _check_chunk(job: Job, store: Store, index: int, finished: Records) -> tuple[int, str | None]:
+    record, all_seeds = finished[index], job.chunk_seeds(index)
     bad = set(record["bad"])
-    seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
+    seeds = [seed for seed in all_seeds if seed not in bad]
     try:
+        if len(seeds) + len(record["bad"]) != len(all_seeds) or len(seeds) != record["images"]:
+            raise ValueError(f"its record tells of {record['images']} images and {len(record['bad'])} left out")
         contents = job.format.contents(job, store, seeds, index, finished)
         images = sum(1 for _ in job.format.decode(job, seeds, contents))
-        if images != record["images"] or images != len(seeds):
-            raise ValueError(f"holds {images} images, not {record['images']}")
+        if images != len(seeds):
+            raise ValueError(f"holds {images} images, not {len(seeds)}")
         if chunk_digest(contents) != record["sha256"]:
             raise ValueError("decodes, but does not hold the bytes that were written")
-    except (OSError, ValueError, JobError) as error:
-        which = f" (seeds {seeds[0]} to {seeds[-1]})" if seeds else ""
-        return 0, f"chunk {index}{which} is damaged: {error}"
+    except Exception as error:
+        # Whatever a library says of bytes that no job wrote.
+        which = f" (seeds {all_seeds[0]} to {all_seeds[-1]})"
+        return 0, f"chunk {index}{which} is damaged: {error or type(error).__name__}"
     return images, None
 
 
-def _check_whole(store: Store) -> Iterator[tuple[str, str]]:
-    """Name and problem of each damaged file of the whole job."""
-    for name, digest in finish_record(store).get("files", {}).items():
+def _whole_files(job: Job, store: Store) -> dict[str, str]:
+    """What is recorded of the files of the whole job, without names that this job does not write."""
+    files = finish_record(store)["files"]
+    return {name: digest for name, digest in files.items() if name in job.format.WHOLE or is_sheet_name(name)}
+
+
+def _check_whole(job: Job, store: Store) -> Iterator[tuple[str, str]]:
+    """Name and problem of each file of the whole job that is damaged, and of its record."""
+    try:
+        record = read_state(store, FINISHED, FinishRecord)
+    except FileNotFoundError:
+        return
+    except DamagedState as error:
+        yield FINISHED, f"is damaged ({error})"
+        return
+    known = _whole_files(job, store)
+    for name in record["files"]:
+        if name not in known:
+            yield FINISHED, f"names {name!r}, which this job does not write"
+    for name in job.format.WHOLE:
+        if record["complete"] and name not in known:
+            yield FINISHED, f"does not name {name}"
+    for name, digest in known.items():
         try:
             if file_digest(store, name) != digest:
                 yield name, "does not hold the bytes that were written"
@@ -126,7 +175,7 @@ def _all_files(job: Job, store: Store) -> Iterator[str]:
             bad = set(records[index]["bad"])
             seeds = [seed for seed in job.chunk_seeds(index) if seed not in bad]
             yield from job.format.files(job, seeds, index)
-    yield from finish_record(store).get("files", {})
+    yield from _whole_files(job, store)
 
 
 def _strays(job: Job, store: Store) -> list[str]:

@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from .errors import bad_images
-from .job import Chunk, Job, chunk_digest
-from .records import record_name, record_text
+from .job import Chunk, Job, chunk_digest, chunk_key
+from .records import begun_text, record_name
+from .state import ChunkRecord, state_text
 from .store import Store
 
 # Chunks that may wait in memory: one being sampled, one being encoded, one being written.
@@ -43,7 +43,7 @@ class Writer:
         job: Job,
         store: Store,
         on_bad: str,
-        on_chunk: Callable[[int, dict[str, Any]], None],
+        on_chunk: Callable[[int, ChunkRecord], None],
         threads: int | None = None,
     ):
         threads = threads or min(8, os.cpu_count() or 1)
@@ -140,13 +140,18 @@ class Writer:
             raise self.error
 
 
-def publish_chunk(job: Job, store: Store, chunk: Chunk, encoded: list[bytes | None], bad: list[int]) -> dict[str, Any]:
+def publish_chunk(job: Job, store: Store, chunk: Chunk, encoded: list[bytes | None], bad: list[int]) -> ChunkRecord:
     """Write a chunk's files and its record, which is returned: number of images, digest, seeds without an image."""
     kept = [at for at, data in enumerate(encoded) if data is not None]
     seeds = [chunk.seeds[at] for at in kept]
     labels = [chunk.labels[at] for at in kept] if chunk.labels is not None else None
     data: list[bytes] = [encoded[at] or b"" for at in kept]
     files = job.format.pack(job, chunk.index, seeds, labels, data)
-    record = {"images": len(kept), "sha256": chunk_digest([content for _, content in files]), "bad": sorted(bad)}
-    store.publish(files, (record_name(chunk.index), record_text(record)))
+    record: ChunkRecord = {
+        "images": len(kept),
+        "sha256": chunk_digest([content for _, content in files]),
+        "bad": sorted(bad),
+        "job": chunk_key(job, chunk),
+    }
+    store.publish(files, (record_name(chunk.index), state_text(record)), begun_text(len(kept)))
     return record

@@ -18,7 +18,7 @@ import torch
 
 from ddim_fast.generation import Report, generate
 from ddim_fast.generation.cluster import ChunkWorker
-from ddim_fast.generation.job import read_job
+from ddim_fast.generation.job_file import read_job
 from ddim_fast.generation.protocols import Pipeline
 from ddim_fast.generation.store import open_store
 

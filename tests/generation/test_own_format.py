@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from fake_jobs import FakePipeline, image_of, make, tree
 
 from ddim_fast.generation import formats, verify
 from ddim_fast.generation.job import Job
+from ddim_fast.generation.records import Records
 from ddim_fast.generation.store import Store
 
 
@@ -38,15 +39,13 @@ class OneArrayPerChunk:
         np.save(file, np.frombuffer(b"".join(encoded), np.uint8).reshape(-1, *job.image_shape))
         return [(self.files(job, seeds, index)[0], file.getvalue())]
 
-    def contents(
-        self, job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]
-    ) -> list[bytes]:
+    def contents(self, job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
         return [store.read(name) for name in self.files(job, seeds, index)]
 
     def decode(self, job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterator[np.ndarray]:
         yield from np.load(io.BytesIO(contents[0]))
 
-    def finish(self, job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+    def finish(self, job: Job, store: Store, finished: Records) -> dict[str, str]:
         text = f"{job.num_chunks} arrays\n".encode()
         store.write("index.txt", text)
         return {"index.txt": hashlib.sha256(text).hexdigest()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..records import Records
     from ..store import Store
 
 
@@ -45,9 +46,7 @@ class Format(Protocol):
         """Name and bytes of each file of a chunk."""
         ...
 
-    def contents(
-        self, job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]
-    ) -> list[bytes]:
+    def contents(self, job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
         """The bytes of a chunk's files as they lie in the store. Raises `OSError` or `ValueError`."""
         ...
 
@@ -55,7 +54,7 @@ class Format(Protocol):
         """Each image of a chunk again. Raises `ValueError` or `OSError` for a damaged one."""
         ...
 
-    def finish(self, job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+    def finish(self, job: Job, store: Store, finished: Records) -> dict[str, str]:
         """Write the files of the whole job; name to SHA-256."""
         ...
 

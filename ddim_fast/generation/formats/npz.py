@@ -8,18 +8,19 @@ others come from the `samples.npz` that is there.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from ..ahead import ahead
 from ..errors import JobError
-from ..records import images_of_dropped
+from ..records import images_of_begun
 from ..store import digest_of
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..records import Records
     from ..store import Store
 
 ARRAY = "samples.npz"
@@ -45,7 +46,7 @@ def pack(
     return [(files(job, seeds, index)[0], b"".join(encoded))]
 
 
-def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]) -> list[bytes]:
+def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
     name = files(job, seeds, index)[0]
     try:
         return [store.read(name)]
@@ -55,7 +56,7 @@ def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished:
     # counts as whole; where it was not, the digest of those after it will not agree.
     image = int(np.prod(job.image_shape))
     images = {other: finished[other]["images"] for other in range(index) if other in finished}
-    images.update(images_of_dropped(store, [other for other in range(index) if other not in finished]))
+    images.update(images_of_begun(store, [other for other in range(index) if other not in finished]))
     before = sum(images[other] if other in images else len(job.chunk_seeds(other)) for other in range(index))
     try:
         with store.open(ARRAY) as file, zipfile.ZipFile(file) as archive:
@@ -73,7 +74,7 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
     yield from pixels.reshape(len(seeds), *job.image_shape)
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+def finish(job: Job, store: Store, finished: Records) -> dict[str, str]:
     def take(index: int) -> tuple[bytes, list[int]]:
         return _take(job, store, index, finished)
 
@@ -98,7 +99,7 @@ def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str
     return {ARRAY: digest}
 
 
-def _take(job: Job, store: Store, index: int, finished: Mapping[int, Any]) -> tuple[bytes, list[int]]:
+def _take(job: Job, store: Store, index: int, finished: Records) -> tuple[bytes, list[int]]:
     """The pixels of a chunk, which are as they were written, and its labels."""
     from ..job import chunk_digest
 

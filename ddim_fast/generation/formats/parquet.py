@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow
@@ -15,6 +15,7 @@ from .png import MOST_CHANNELS, encode, read_png
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..records import Records
     from ..store import Store
 
 __all__ = [
@@ -60,7 +61,7 @@ def pack(
     return [(files(job, seeds, index)[0], buffer.getvalue())]
 
 
-def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]) -> list[bytes]:
+def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
     return [store.read(name) for name in files(job, seeds, index)]
 
 
@@ -76,5 +77,5 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
         yield read_png(image["bytes"], seed, job.image_shape)
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+def finish(job: Job, store: Store, finished: Records) -> dict[str, str]:
     return {}

@@ -8,13 +8,14 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..records import Records
     from ..store import Store
 
 # Level 1 on rows filtered by "up": twice Pillow's speed at the same size on 32×32 images (bench_generation.py).
@@ -80,7 +81,7 @@ def pack(
     return list(zip(files(job, seeds, index), encoded, strict=True))
 
 
-def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]) -> list[bytes]:
+def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
     return [store.read(name) for name in files(job, seeds, index)]
 
 
@@ -89,7 +90,7 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
         yield read_png(data, seed, job.image_shape)
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+def finish(job: Job, store: Store, finished: Records) -> dict[str, str]:
     """Write `metadata.jsonl`, the table that Hugging Face's ImageFolder reads."""
     digest = hashlib.sha256()
     with store.scratch(WHOLE[0]) as draft, open(draft, "wb") as table:

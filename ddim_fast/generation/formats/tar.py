@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from .png import MOST_CHANNELS, encode, read_png
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..records import Records
     from ..store import Store
 
 __all__ = [
@@ -57,7 +58,7 @@ def pack(
     return [(files(job, seeds, index)[0], buffer.getvalue())]
 
 
-def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Mapping[int, Any]) -> list[bytes]:
+def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished: Records) -> list[bytes]:
     return [store.read(name) for name in files(job, seeds, index)]
 
 
@@ -74,5 +75,5 @@ def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterato
         raise ValueError(str(error)) from None
 
 
-def finish(job: Job, store: Store, finished: Mapping[int, Any]) -> dict[str, str]:
+def finish(job: Job, store: Store, finished: Records) -> dict[str, str]:
     return {}

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 
-from .base import HIDDEN, Files, Store, digest_of, file_digest
+from .base import HIDDEN, RECORDS, Files, NotAPlainFile, NotOurs, Store, digest_of, file_digest
 from .local import LocalStore
 
-__all__ = ["HIDDEN", "Files", "LocalStore", "Store", "digest_of", "file_digest", "open_store"]
+__all__ = [
+    "HIDDEN",
+    "RECORDS",
+    "Files",
+    "LocalStore",
+    "NotAPlainFile",
+    "NotOurs",
+    "Store",
+    "digest_of",
+    "file_digest",
+    "open_store",
+]
 
 
 def open_store(out: str | os.PathLike[str], tag: str = "all") -> Store:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import shutil
+import stat
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import IO
+from typing import IO, Any
 
 from ..lock import job_lock, locked
-from .base import HIDDEN, Files
+from .base import HIDDEN, NOT_OURS, RECORDS, Files, NotAPlainFile, NotOurs, refuse_others
 
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 DRAFTS = f"{HIDDEN}/tmp"
@@ -30,6 +33,8 @@ class LocalStore:
         self.out = os.path.abspath(os.path.expanduser(out))
         self.drafts = self.path(f"{DRAFTS}/{tag}")
         self.parents = {"", HIDDEN}
+        self.links: dict[str, bool] = {}
+        self.kept: set[str] = set()
 
     def path(self, name: str) -> str:
         return os.path.join(self.out, name)
@@ -40,6 +45,9 @@ class LocalStore:
 
         Raises `JobError` if another run holds it, and `ValueError` if there can be no folder of that name.
         """
+        for name in (HIDDEN, RECORDS, DRAFTS):
+            if os.path.islink(self.path(name)):
+                raise ValueError(f"{self.path(name)} is a link, but a job's state lies in its own folder; remove it")
         with ExitStack() as stack:
             for attempt in range(10):
                 stack.callback(_remove_empty, self._make_folders())
@@ -66,19 +74,36 @@ class LocalStore:
             with suppress(FileExistsError, FileNotFoundError):
                 os.mkdir(self.drafts)
 
+    def holds(self, path: str) -> bool:
+        return os.path.abspath(path).startswith(self.out)
+
     def read(self, name: str) -> bytes:
-        with open(self.path(name), "rb") as file:
+        with self.open(name) as file:
             return file.read()
 
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """The content of each file, None for one that is not there."""
-        return [self.read(name) if self.exists(name) else None for name in names]
+        """The content of each file, None for one that is not there; empty for what is no file."""
+        found: list[bytes | None] = []
+        for name in names:
+            try:
+                found.append(self.read(name))
+            except FileNotFoundError:
+                found.append(None)
+            except NotAPlainFile:
+                found.append(b"")
+        return found
 
     def open(self, name: str) -> IO[bytes]:
-        return open(self.path(name), "rb")
+        path = self.path(name)
+        # Opening a pipe would wait for whoever writes to it.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise NotAPlainFile(errno.EINVAL, "not a plain file", path)
+        return os.fdopen(handle, "rb")
 
     def exists(self, name: str) -> bool:
-        return os.path.exists(self.path(name))
+        return os.path.lexists(self.path(name))
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, empty if there is no such folder."""
@@ -97,10 +122,9 @@ class LocalStore:
         """Write `name` unless it exists; whether this call wrote it. Safe between processes, also without locks."""
         draft = self._draft()
         try:
-            with open(draft, "wb") as file:
+            with _naming(draft), open(draft, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _fsync(draft)
             try:
                 os.link(draft, self.path(name))
             except FileExistsError:
@@ -117,31 +141,51 @@ class LocalStore:
                 os.unlink(draft)
         return True
 
-    def publish(self, files: Files, record: tuple[str, bytes]) -> None:
-        """Write `files`, flush them to disk once, then give them and their `record` their names, the record last."""
+    def publish(self, files: Files, record: tuple[str, bytes], begun: bytes) -> None:
+        """Write all, flush them to disk once, then give them their names."""
         folder = self._draft()
         os.mkdir(folder)
+        known = self.exists(record[0])
+        named = [*([] if known else [(record[0], begun)]), *files, record]
         try:
-            drafts = _write_drafts(folder, [data for _, data in [*files, record]])
+            with _naming(folder):
+                drafts = _write_drafts(folder, [data for _, data in named])
             if len(files) == 1:
-                _fsync(drafts[0])
+                _fsync(drafts[-2])
             elif files:
                 sync_file_system(folder)
-            for parent in {os.path.dirname(name) for name, _ in [*files, record]}:
+            for parent in {os.path.dirname(name) for name, _ in named}:
                 self._make_parent(parent)
-            for draft, (name, _) in zip(drafts, [*files, record], strict=True):
-                os.rename(draft, self.path(name))
+            for at, (draft, (name, data)) in enumerate(zip(drafts, named, strict=True)):
+                if known or at in (0, len(named) - 1):
+                    os.rename(draft, self.path(name))
+                else:
+                    self._rename_new(draft, name, data)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _rename_new(self, draft: str, name: str, data: bytes) -> None:
+        path = self.path(name)
+        try:
+            rename_new(draft, path)
+        except FileExistsError:
+            # Another run of this job may have written the same bytes.
+            with suppress(OSError):
+                if self.read(name) == data:
+                    return
+            raise NotOurs(errno.EEXIST, NOT_OURS, path) from None
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
         """A temporary path to write to; when the block ends without an error it is flushed and becomes `name`."""
         draft = self._draft()
         try:
-            yield draft
-            _fsync(draft)
+            with _naming(draft):
+                yield draft
+                _fsync(draft)
             self._make_parent(os.path.dirname(name))
+            if name in self.kept:
+                refuse_others(self, name, draft)
             os.rename(draft, self.path(name))
         finally:
             with suppress(OSError):
@@ -151,6 +195,8 @@ class LocalStore:
         """Remove the files that exist among `names`, and folders below the job's that this leaves empty."""
         removed, parents = 0, set()
         for name in names:
+            if self._through_link(os.path.dirname(name)):
+                continue
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.path(name))
                 removed += 1
@@ -180,6 +226,13 @@ class LocalStore:
             raise ValueError(f"out is {self.out}, where no folder can be made ({error}); choose another") from None
         return made
 
+    def _through_link(self, folder: str) -> bool:
+        """Whether a link on the way to `folder` leads out of the job's own."""
+        if folder not in self.links:
+            above = os.path.dirname(folder)
+            self.links[folder] = bool(folder) and (self._through_link(above) or os.path.islink(self.path(folder)))
+        return self.links[folder]
+
     def _drop_drafts(self) -> None:
         shutil.rmtree(self.drafts, ignore_errors=True)
         with suppress(OSError):
@@ -198,15 +251,56 @@ class LocalStore:
                 os.mkdir(at)
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Say in an error of the block that it met `path`, if it does not say what it met."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
 def _remove_empty(folders: Iterable[str]) -> None:
     for folder in folders:
         with suppress(OSError):
             os.rmdir(folder)
 
 
+@functools.cache
+def _libc() -> Any:
+    return None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file unless there is one at `target`; then raises `FileExistsError`."""
+    sys.audit("os.rename", source, target, -1, -1)
+    libc = _libc()
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        at_working_folder, no_replace = -100, 1
+        paths = os.fsencode(source), os.fsencode(target)
+        if libc.renameat2(at_working_folder, paths[0], at_working_folder, paths[1], no_replace) == 0:
+            return
+        code = ctypes.get_errno()
+        # Network file systems do not know that flag.
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), target)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target)
+
+
 def sync_file_system(path: str) -> None:
     """Flush the file system that holds `path` to disk. Raises `OSError` if a write failed."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     if not hasattr(libc, "syncfs"):
         os.sync()
         return
@@ -252,7 +346,8 @@ def _write_file(path: str, data: bytes) -> None:
 def _fsync(path: str) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with _naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

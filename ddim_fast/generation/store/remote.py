@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,82 +12,121 @@ from typing import IO
 
 import fsspec
 
-from .base import Files
+from ...once import log_once
+from .base import HIDDEN, NOT_OURS, Files, NotOurs, refuse_others
+
+logger = logging.getLogger(__name__)
+
+# There a folder is no more than the start of a name, and what would be the topmost folder is a bucket.
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
 
 
 class RemoteStore:
     """Object stores put an object whole or not at all, so what marks a chunk as finished is its record."""
 
     def __init__(self, out: str):
-        self.out = out
+        self.out, self.kept = out, set[str]()
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(out)
-        except ImportError as error:
-            raise ValueError(f"cannot write to {out}: {error}") from None
-        self.root = self.root.rstrip("/")
+            self.fs, root = fsspec.core.url_to_fs(out)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"out is {out!r}, where nothing can be written: {error}") from None
+        self.root = root.rstrip("/")
+        if not self.root:
+            raise ValueError(f"out is {out!r}, which names no place; give one such as s3://bucket/run")
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        self.bucket = self.root.partition("/")[0] if protocols & BUCKETS else ""
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
+    def holds(self, path: str) -> bool:
+        return path.startswith(self.root)
+
     @contextmanager
     def held(self, index: int, count: int) -> Iterator[None]:
-        """No object store has a lock that dies with its owner; two runs at once would write equal bytes twice."""
+        """No object store has a lock that dies with its owner: two runs at once write equal bytes twice."""
         try:
-            self.prepare()
-        except OSError:
-            raise
-        except Exception as error:
+            with self._naming(""):
+                if self.bucket and not self.fs.exists(self.bucket):
+                    raise ValueError(f"out is {self.out!r}, but there is no bucket {self.bucket!r}; make it first")
+                self._make_parents([f"{HIDDEN}/"])
+        except OSError as error:
             # What a service's library raises, for example without credentials.
-            raise ValueError(f"cannot write to {self.out}: {error}") from error
+            raise ValueError(f"cannot write to {self.out}: {error.strerror or error}") from error
         yield
 
     def hold_whole_job(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare(self) -> None:
-        self.fs.makedirs(self.root, exist_ok=True)
+        """Nothing to make ready: a draft is a local file."""
 
     def read(self, name: str) -> bytes:
-        data: bytes = self.fs.cat_file(self.path(name))
+        with self._naming(name):
+            data: bytes = self.fs.cat_file(self.path(name))
         return data
 
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
         paths = [self.path(name) for name in names]
-        found = self.fs.cat(paths, on_error="return") if paths else {}
-        for content in found.values():
-            if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
-                raise content
+        with self._naming(""):
+            found = self.fs.cat(paths, on_error="return") if paths else {}
+            for content in found.values():
+                if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
+                    raise content
         return [content if isinstance(content := found.get(path), bytes) else None for path in paths]
 
     def open(self, name: str) -> IO[bytes]:
-        file: IO[bytes] = self.fs.open(self.path(name), "rb")
+        with self._naming(name):
+            file: IO[bytes] = self.fs.open(self.path(name), "rb")
         return file
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        self.fs.invalidate_cache()
+        with self._naming(name):
+            return bool(self.fs.exists(self.path(name)))
 
     def names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            listed = self.fs.ls(self.path(folder), detail=True)
+            with self._naming(folder):
+                listed = self.fs.ls(self.path(folder), detail=True)
         except FileNotFoundError:
             return []
         return [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
 
     def write(self, name: str, data: bytes) -> None:
-        self._make_parents([name])
-        self.fs.pipe_file(self.path(name), data)
+        with self._naming(name):
+            self._make_parents([name])
+            self.fs.pipe_file(self.path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        if self.exists(name):
-            return False
-        self.write(name, data)
+        with self._naming(name):
+            self._make_parents([name])
+            if not self._put_new(name, data):
+                return False
+            # A store that does not know the condition takes the same object twice.
+            if self._put_new(name, data):
+                log_once(
+                    logger,
+                    logging.WARNING,
+                    f"{self.out}: this store writes no object on the condition that it is new; start no second run",
+                )
         return True
 
-    def publish(self, files: Files, record: tuple[str, bytes]) -> None:
-        self._make_parents([name for name, _ in [*files, record]])
-        self.fs.pipe({self.path(name): data for name, data in files})
-        self.fs.pipe_file(self.path(record[0]), record[1])
+    def publish(self, files: Files, record: tuple[str, bytes], begun: bytes) -> None:
+        known = self.exists(record[0])
+        if not known:
+            self.write(record[0], begun)
+        with self._naming(""):
+            self._make_parents([name for name, _ in files])
+            objects = {self.path(name): data for name, data in files}
+            try:
+                self.fs.pipe(objects, **({} if known else {"mode": "create"}))
+            except (FileExistsError, NotImplementedError, TypeError, ValueError):
+                if known:
+                    raise
+                self._put_each(files)
+        self.write(*record)
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
@@ -93,8 +134,11 @@ class RemoteStore:
         os.close(handle)
         try:
             yield local
-            self._make_parents([name])
-            self.fs.put_file(local, self.path(name))
+            if name in self.kept:
+                refuse_others(self, name, local)
+            with self._naming(name):
+                self._make_parents([name])
+                self.fs.put_file(local, self.path(name))
         finally:
             os.unlink(local)
 
@@ -109,12 +153,48 @@ class RemoteStore:
             for file in sorted(set(files).intersection(self.names(folder)))
         ]
         if there:
-            self.fs.rm(there)
+            with self._naming(""):
+                self.fs.rm(there)
         return len(there)
 
     def close(self, finished: bool) -> None:
         """Nothing to flush: an object is durable once put."""
 
+    def _put_each(self, files: Files) -> None:
+        """Put files one by one, those that are not there yet. Raises `NotOurs` for one that has other bytes."""
+        for name, data in files:
+            if not self._put_new(name, data) and self.fs.cat_file(self.path(name)) != data:
+                raise NotOurs(errno.EEXIST, NOT_OURS, self.path(name))
+
+    def _put_new(self, name: str, data: bytes) -> bool:
+        """Put an object unless there is one of that name; whether this call did."""
+        path = self.path(name)
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except (NotImplementedError, TypeError, ValueError):
+            if self.exists(name):
+                return False
+            self.fs.pipe_file(path, data)
+        return True
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Raise whatever the service's library raises as an `OSError` that names the object."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except OSError as error:
+            if error.filename is None:
+                error.filename = self.path(name)
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, str(error) or type(error).__name__, self.path(name)) from error
+
     def _make_parents(self, names: list[str]) -> None:
-        for parent in {self.path(name).rsplit("/", 1)[0] for name in names}:
-            self.fs.makedirs(parent, exist_ok=True)
+        # Where there are buckets, a mistyped one would be made.
+        if not self.bucket:
+            for parent in {self.path(name).rsplit("/", 1)[0] for name in names}:
+                self.fs.makedirs(parent, exist_ok=True)
