@@ -9,9 +9,10 @@ webdataset = ["webdataset"]
 parquet = ["pyarrow"]
 plots = ["matplotlib"]
 ray = ["ray[data]"]
+s3 = ["s3fs"]
 test = [
     *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "clang-format"),
-    *(*peers, *webdataset, *parquet, *plots, *ray, "datasets"),
+    *(*peers, *webdataset, *parquet, *plots, *ray, *s3, "datasets", "moto[server]"),
 ]
 
 cpu = Path("ddim_fast/engine/cpu")
@@ -50,6 +51,7 @@ setup(
         "safetensors",
         "huggingface_hub",
         "filelock",
+        "msgspec",
         "fsspec",
         "tqdm",
         "click",
@@ -59,6 +61,7 @@ setup(
         "webdataset": webdataset,
         "parquet": parquet,
         "plots": plots,
+        "s3": s3,
         "test": test,
         "bench": [*peers, "pytest-benchmark", *plots, "onnx", "onnxscript", "onnxruntime", "openvino"],
     },

@@ -42,6 +42,9 @@ def claim(job: Job, store: Store, found: Found, overwrite: bool, grid: str | Non
                 return job
             if found.job is None:
                 found = find_job(store)
+            elif SETTINGS_FILE in found.missing:
+                # Whoever removed it may have removed images too.
+                _drop_lost(found.job, store)
             mend(store, found)
     there = found.job
     assert there is not None
@@ -72,7 +75,7 @@ def _start_again(job: Job, store: Store, found: Found, grid: str | None) -> None
     old = found.job
     if old is None and (found.damaged or recorded_chunks(store)):
         # What is lost can only be removed by a command that computes the same names.
-        if not _agreeing(job, store, read_records(store)):
+        if not _agreeing(job, store):
             raise ValueError(
                 f"{store.out} has lost its {SETTINGS_FILE}, and nothing tells which files that job wrote; "
                 "choose another folder, or remove them yourself"
@@ -88,17 +91,11 @@ def _claim_new(job: Job, store: Store, found: Found, grid: str | None) -> bool:
 
     Records that remain must be of this job. Raises `ValueError` if they are not, or for files that no job wrote.
     """
-    finished, recorded = read_records(store), recorded_chunks(store)
-    agreeing = _agreeing(job, store, finished)
+    recorded = recorded_chunks(store)
+    agreeing = _agreeing(job, store)
     _refuse_foreign(job, store, grid, chunks=set(recorded) if agreeing else set())
     if recorded:
-        lost = [index for index in agreeing if _files_missing(job, store, index, finished)]
-        logger.warning(
-            "%s had lost its %s; its records are of this job: %d chunks are there, %d are made again",
-            store.out, SETTINGS_FILE, len(agreeing) - len(lost), len(lost),
-        )  # fmt: skip
-        drop_records(store, finished, lost)
-        write_finish_record(store, finish_record(store)["files"], complete=False)
+        _drop_lost(job, store)
     text = settings_text(job)
     if SETTINGS_FILE in found.damaged:
         store.write(SETTINGS_FILE, text)
@@ -108,15 +105,28 @@ def _claim_new(job: Job, store: Store, found: Found, grid: str | None) -> bool:
     return True
 
 
-def _agreeing(job: Job, store: Store, finished: Records) -> list[int]:
-    """The finished chunks, all of which must be of `job`. Raises `ValueError` if one was made by other settings."""
+def _agreeing(job: Job, store: Store) -> bool:
+    """Whether there are finished chunks of `job`. Raises `ValueError` if one was made by other settings."""
+    finished = read_records(store)
     for index, record in finished.items():
         if index >= job.num_chunks or record["job"] != chunk_key(job, job.chunk(index)):
             raise ValueError(
                 f"{store.out} has lost its {SETTINGS_FILE}, and its records are of a job with other settings (chunk "
                 f"{index}); repeat the settings of that job, or choose another folder"
             )
-    return list(finished)
+    return bool(finished)
+
+
+def _drop_lost(job: Job, store: Store) -> None:
+    """Have chunks made again whose files are not there any more, and the files of the whole job."""
+    finished = read_records(store)
+    lost = [index for index in finished if index < job.num_chunks and _files_missing(job, store, index, finished)]
+    logger.warning(
+        "%s had lost its %s; its records are of this job: %d chunks are there, %d are made again",
+        store.out, SETTINGS_FILE, len(finished) - len(lost), len(lost),
+    )  # fmt: skip
+    drop_records(store, finished, lost)
+    write_finish_record(store, finish_record(store)["files"], complete=False)
 
 
 def _files_missing(job: Job, store: Store, index: int, finished: Records) -> bool:

@@ -86,8 +86,8 @@ def read_job(store: Store) -> Job | None:
     found = find_job(store)
     if found.job is None and found.damaged:
         raise ValueError(
-            f"{'; '.join(found.damaged.values())}: not the settings of a job; run the command of the job again, which "
-            "goes on with what its records tell"
+            f"{'; '.join(found.problems)}: not the settings of a job; run the command of the job again, which goes on "
+            "with what its records tell"
         )
     return found.job
 

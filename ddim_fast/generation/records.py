@@ -94,7 +94,7 @@ def finish_record(store: Store) -> FinishRecord:
 
 def write_finish_record(store: Store, files: Mapping[str, str], complete: bool) -> None:
     """Record the SHA-256 of each file of the whole job."""
-    store.write(FINISHED, state_text({"files": dict(files), "complete": complete}))
+    store.write(FINISHED, state_text({"files": dict(sorted(files.items())), "complete": complete}))
 
 
 def _finished(text: bytes | None) -> ChunkRecord | None:

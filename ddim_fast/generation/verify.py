@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .ahead import ahead
 from .grid import is_sheet_name
 from .job import Job, chunk_digest
-from .job_file import find_job, mend
+from .job_file import find_job, mend, read_job
 from .records import (
     Records,
     damaged_records,
@@ -21,6 +21,7 @@ from .records import (
     is_finished,
     read_records,
     record_name,
+    recorded_chunks,
     write_finish_record,
 )
 from .state import FINISHED, SETTINGS_FILE, DamagedState, FinishRecord, read_state
@@ -65,13 +66,10 @@ def verify(
     holds no job, and `JobError` if `repair` finds a run at work on it.
     """
     store = open_store(out, "verify")
-    found = find_job(store)
-    if found.job is None:
-        raise ValueError(
-            f"{'; '.join(found.problems) or f'{os.fspath(out)} holds no job (no {SETTINGS_FILE})'}; "
-            "if a job was made there, its own command goes on with what its records tell"
-        )
-    job, finished = found.job, read_records(store)
+    job, found, finished = read_job(store), find_job(store), read_records(store)
+    if job is None:
+        lost = "; its records are there: run the command of the job again, which goes on with what they tell"
+        raise ValueError(f"{os.fspath(out)} holds no job (no {SETTINGS_FILE}{lost if recorded_chunks(store) else ''})")
     result = Verification(store.out, len(job.seeds))
     result.problems += [*found.problems, *_check_records(job, store, finished)]
     missing = list(job.missing(finished))

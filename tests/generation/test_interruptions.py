@@ -17,10 +17,10 @@ def test_a_second_interruption_waits_for_the_chunk_that_is_being_written(tmp_pat
     writing, go_on, written = threading.Event(), threading.Event(), threading.Event()
     publish = LocalStore.publish
 
-    def slow_publish(self, files, record):
+    def slow_publish(self, *what):
         writing.set()
         assert go_on.wait(60)
-        publish(self, files, record)
+        publish(self, *what)
         written.set()
 
     class Interrupted(FakePipeline):
