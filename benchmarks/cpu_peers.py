@@ -57,12 +57,11 @@ def require(*packages: str) -> None:
 
 def load_ours(unet: Any) -> Forward:
     """The fused engine as a pipeline uses it, one step at a time: time table, forward and the last bias."""
-    from ddim_fast import DDIMPipeline, DDIMScheduler
-    from ddim_fast.engine import packed_unet
+    from ddim_fast.engine import Engine
     from ddim_fast.engine.forward import fused_forward, time_table
     from ddim_fast.engine.layout import nchw
 
-    packed = packed_unet(DDIMPipeline(unet, DDIMScheduler()))
+    packed = Engine(unet).packed_unet()
     assert packed is not None
 
     def forward(sample: Tensor, timestep: int) -> Tensor:

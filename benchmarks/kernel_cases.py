@@ -17,6 +17,7 @@ from ddim_fast.kernels.group_norm import group_norm
 from ddim_fast.kernels.interleave import interleave
 from ddim_fast.kernels.philox_normal import START, STEP, philox_normal, philox_normal_reference
 from ddim_fast.kernels.to_uint8 import to_uint8
+from ddim_fast.kernels.update import ROW_WIDTH
 
 CHANNELS = 256
 STEPS = 4
@@ -98,7 +99,7 @@ def ddim_step_noise_case(batch: int, size: int, dtype: torch.dtype, device: str)
 
 def step_inputs(batch: int, size: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
     sample = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    table = torch.full((STEPS, 8), 0.5, device=device)
+    table = torch.full((STEPS, ROW_WIDTH), 0.5, device=device)
     table[:, 6] = torch.arange(STEPS, device=device)
     return sample, torch.randn_like(sample).to(dtype), table
 

@@ -81,11 +81,11 @@ def count_ours(config: dict[str, Any], batch: int, dtype: torch.dtype) -> Ledger
     """A step of the graph engine: its window's tables and buffers, and `run_step` as the graph captures it."""
     from ddim_fast import DDIMScheduler, UNet2DModel
     from ddim_fast.engine.graph import fill, static_state
-    from ddim_fast.engine.loop import make_run, predict_fused, run_step, time_rows, windows
+    from ddim_fast.engine.loop import make_run, predict_fused, run_step, time_rows, update_by_kernel, windows
     from ddim_fast.engine.pack import pack
+    from ddim_fast.request import Request
 
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(STEPS)
+    table = DDIMScheduler().step_table(STEPS, 0.0)
     with torch.no_grad(), fake_cuda():
         unet = build(UNet2DModel, config, dtype)
         packed = pack(unet)
@@ -93,26 +93,16 @@ def count_ours(config: dict[str, Any], batch: int, dtype: torch.dtype) -> Ledger
         labels = None
         if config.get("num_class_embeds"):
             labels = torch.zeros(batch, dtype=torch.long, device="cuda")
+        request = Request(tuple(latents.shape), latents.device, latents=latents, labels=labels)
         with counting() as window:
-            run = make_run(
-                unet,
-                packed,
-                scheduler,
-                latents,
-                eta=0.0,
-                use_clipped_model_output=False,
-                generator=None,
-                seeds=None,
-                class_labels=labels,
-            )
+            run = make_run(unet, packed, request, table)
             steps = next(windows(run))
             rows = time_rows(run, steps)
-        table = run.table[steps.start : steps.stop]
         state = static_state(run, steps)
         with window:
-            fill(state, run, table, rows, latents)
+            fill(state, run, run.table[steps.start : steps.stop], rows, run.latents)
         with counting() as step:
-            run_step(state, predict_fused(packed), run.update, STEP)
+            run_step(state, predict_fused(packed), update_by_kernel, STEP)
     return Ledger(named_update(step), window.rows, len(steps), step.host_operators, step.host_copies)
 
 

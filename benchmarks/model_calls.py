@@ -21,18 +21,19 @@ from ddim_fast import DDIMScheduler, UNet2DModel
 from ddim_fast.engine.loop import (
     Run,
     State,
-    Update,
     initial_state,
     make_run,
-    make_update,
     predict_fused,
     run_step,
     time_rows,
+    update_by_kernel,
 )
 from ddim_fast.engine.pack import pack
 from ddim_fast.kernels.attention import attention
 from ddim_fast.kernels.philox_normal import philox_normal
 from ddim_fast.kernels.to_uint8 import to_uint8
+from ddim_fast.request import Request
+from ddim_fast.step_table import UpdateRule
 
 NAMESPACE = "ddim_fast"
 STEPS = 50
@@ -131,25 +132,26 @@ def model_calls(name: str, batches: Iterable[int], dtype: torch.dtype) -> Iterat
     packed = pack(unet)
     for batch in batches:
         with CollectCalls() as collected:
-            collect_step(unet, packed, batch, updates=OTHER_UPDATES if name == FORMS else {})
+            collect_step(unet, packed, batch, rules=OTHER_RULES if name == FORMS else {})
         for call in collected.calls.values():
             yield batch, call
 
 
-def model_update(**changes: Any) -> Update:
-    """The update of a scheduler as the models have it, with changes."""
-    return replace(make_update(DDIMScheduler(), False), **changes)
+def model_rule(**changes: Any) -> UpdateRule:
+    """The rule of a scheduler's updates as the models have it, with changes."""
+    return replace(DDIMScheduler().step_table(1, 0.0).rule, **changes)
 
 
-OTHER_UPDATES = {
-    "v_prediction": model_update(prediction_type="v_prediction"),
-    "sample": model_update(prediction_type="sample", clip_range=None),
-    "thresholding": model_update(clip_range=None, thresholding=(0.995, 1.5)),
-    "clipped model output": model_update(use_clipped_model_output=True),
+OTHER_RULES = {
+    "v_prediction": model_rule(prediction_type="v_prediction"),
+    "sample": model_rule(prediction_type="sample", clip_range=None),
+    "thresholding": model_rule(clip_range=None, thresholding=(0.995, 1.5)),
+    "clipped model output": model_rule(use_clipped_model_output=True),
+    "second order": model_rule(use_sample=True, use_previous_x0=True),
 }
 
 
-def collect_step(unet: UNet2DModel, packed: Any, batch: int, updates: dict[str, Update]) -> None:
+def collect_step(unet: UNet2DModel, packed: Any, batch: int, rules: dict[str, UpdateRule]) -> None:
     """A whole call with one step: as the graph holds it, and with noise from a generator and without any."""
     config = unet.config
     seeds = torch.zeros(batch, dtype=torch.long, device="cuda")
@@ -159,21 +161,19 @@ def collect_step(unet: UNet2DModel, packed: Any, batch: int, updates: dict[str, 
     predicted = predict_fused(packed)(state, STEP)
     noise = torch.empty(STEPS, *latents.shape, dtype=unet.dtype, device="cuda")
     for drawn in ({}, {"seeds": None}, {"seeds": None, "noise": noise}):
-        update_once(replace(state, **drawn), predicted, run.update)
-    for update in updates.values():
-        update_once(state, predicted, update)
+        update_once(replace(state, **drawn), predicted)
+    for rule in rules.values():
+        update_once(replace(state, rule=rule, x0=latents if rule.use_previous_x0 else None), predicted)
     to_uint8(state.sample)
 
 
 def started(unet: UNet2DModel, packed: Any, latents: torch.Tensor, labels: torch.Tensor | None) -> Run:
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(STEPS)
-    options = {"eta": 0.0, "use_clipped_model_output": False, "generator": None, "seeds": None}
-    return make_run(unet, packed, scheduler, latents, class_labels=labels, **options)
+    request = Request(tuple(latents.shape), latents.device, latents=latents, labels=labels)
+    return make_run(unet, packed, request, DDIMScheduler().step_table(STEPS, 0.0))
 
 
-def update_once(state: State, predicted: tuple[torch.Tensor, torch.Tensor | None], update: Update) -> None:
-    run_step(state, lambda state, index: predicted, update, STEP)
+def update_once(state: State, predicted: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    run_step(state, lambda state, index: predicted, update_by_kernel, STEP)
 
 
 def other_attention_calls(dtype: torch.dtype) -> list[Call]:

@@ -127,16 +127,16 @@ def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
     """What a model is, and how it would run."""
     import torch
 
-    from . import engine
-    from .pipeline import DDIMPipeline, image_size
+    from .pipeline import DDIMPipeline
+    from .request import image_size
 
     target = pick_device(device)
     options: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
     pipe = DDIMPipeline.from_pretrained(model, device=target, **options)
     config = pipe.unet.config
-    height, width = image_size(pipe.unet)
+    height, width = image_size(config)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in pipe.unet.parameters())
-    name, reason = engine.choose(pipe)
+    name, reason = pipe.runner.choose()
     classes = config.num_class_embeds
     return [
         ("model", model),

@@ -1,4 +1,4 @@
-"""Results with named fields that also read as a tuple and as a dict."""
+"""Results with named fields that also read as a tuple and as a dict, and the error for images that are none."""
 
 from __future__ import annotations
 
@@ -69,3 +69,11 @@ class Output(dict[str, Any]):
         raise TypeError(f"the fields of {type(self).__name__} are fixed; assign to them: `out.name = value`")
 
     __delitem__ = pop = popitem = setdefault = update = clear = _refuse
+
+
+class BadImagesError(FloatingPointError):
+    """Some images came out NaN or infinite; `bad` lists which: indices in a batch, or the seeds of a job."""
+
+    def __init__(self, message: str, bad: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.bad = bad or []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import operator
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .noise import randn_tensor, seeded_noise, seeds_tensor
-from .outputs import Output
+from .engine.own_step import set_schedule
+from .outputs import BadImagesError, Output
 from .pipeline_methods import PipelineMethods, adopt_scheduler, adopt_unet
-from .scheduler import DDIMScheduler
+from .request import Generators, Labels, Request, Seeds, make_request
+from .scheduler import DDIMScheduler, follows_its_table
 from .unet import UNet2DModel
 
-logger = logging.getLogger(__name__)
-
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
-ENGINES = ("auto", "plain", "fused", "graph")
-
-Generators = torch.Generator | list[torch.Generator] | None
-Labels = int | Sequence[int] | torch.Tensor | None
 
 
 @dataclass
@@ -37,15 +30,6 @@ class ImagePipelineOutput(Output):
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
-
-
-class BadImagesError(FloatingPointError):
-    """Some images came out NaN or infinite; `bad` lists their indices in the batch."""
-
-    def __init__(self, bad: list[int], dtype: torch.dtype):
-        self.bad = bad
-        hint = "the weights may be damaged" if dtype == torch.float32 else "try torch_dtype=torch.float32 or bfloat16"
-        super().__init__(f"images {bad} of the batch are NaN or infinite; the model runs in {dtype}, {hint}")
 
 
 class DDIMPipeline(PipelineMethods):
@@ -68,7 +52,7 @@ class DDIMPipeline(PipelineMethods):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators = None,
         eta: float = 0.0,
         num_inference_steps: int = 50,
@@ -77,16 +61,17 @@ class DDIMPipeline(PipelineMethods):
         return_dict: bool = True,
         *,
         latents: torch.Tensor | None = None,
-        seeds: Sequence[int] | torch.Tensor | None = None,
+        seeds: Seeds = None,
         class_labels: Labels = None,
         timesteps: Sequence[int] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate `batch_size` images. The first seven arguments and what they do are diffusers'.
 
         Args:
-            batch_size: the number of images, at least 1.
+            batch_size: the number of images, at least 1. None is as many as `seeds`, `latents`, `generator` or
+                `class_labels` have entries, else 1.
             generator: one `torch.Generator`, or a list with one an image; a CPU generator draws on the CPU.
-            eta: 0 is DDIM, 1 is DDPM (the paper's η, section 4.1); outside [0, 1] it warns.
+            eta: 0 is DDIM, 1 is DDPM (the paper's η, section 4.1); outside [0, 1] it warns and goes on.
             num_inference_steps: from 1 to the scheduler's `num_train_timesteps`.
             use_clipped_model_output: recompute the noise from the clipped prediction of x₀ (None means False).
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float (B, C, H, W) in [0, 1]),
@@ -104,7 +89,9 @@ class DDIMPipeline(PipelineMethods):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        sample = self._sample(
+        request = make_request(
+            self.unet.config,
+            self._execution_device,
             batch_size=batch_size,
             generator=generator,
             eta=eta,
@@ -115,6 +102,7 @@ class DDIMPipeline(PipelineMethods):
             class_labels=class_labels,
             timesteps=timesteps,
         )
+        sample = self._sample(request)
         images: list[Image.Image] | np.ndarray | torch.Tensor
         if output_type == "latent":
             images = sample
@@ -125,169 +113,77 @@ class DDIMPipeline(PipelineMethods):
         else:
             pixels, bad = self._to_uint8(sample)
             if bad.any():
-                raise BadImagesError(bad.nonzero().flatten().tolist(), self.dtype)
+                raise bad_images(bad.nonzero().flatten().tolist(), self.dtype)
             array = pixels.cpu().numpy()
             images = array if output_type == "uint8" else self.numpy_to_pil(array)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def sample_uint8(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Generate as `__call__` does (same arguments, by name) but wait for nothing and copy nothing to the host.
-
-        Returns uint8 images (B, H, W, C) on the pipeline's device, and a bool (B,) that is True where an image is
-        NaN or infinite. For callers that overlap the copy with the next batch.
-        """
-        return self._to_uint8(self._sample(**arguments))
-
-    def _to_uint8(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from .kernels.to_uint8 import to_uint8
-
-        pixels, _ = to_uint8(sample)
-        return pixels, ~torch.isfinite(sample).flatten(1).all(1)
-
-    # Buffers and packed weights outlive the call: were they inference tensors, calls outside that mode could not use
-    # them, nor could training.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _sample(
+    def sample_uint8(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators = None,
         eta: float = 0.0,
         num_inference_steps: int = 50,
         use_clipped_model_output: bool | None = None,
+        *,
         latents: torch.Tensor | None = None,
-        seeds: Sequence[int] | torch.Tensor | None = None,
+        seeds: Seeds = None,
         class_labels: Labels = None,
         timesteps: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        from . import engine
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generate as `__call__` does but wait for nothing and copy nothing to the host.
 
-        device, dtype = self._execution_device, self.unet.dtype
-        batch_size = check_count("batch_size", batch_size)
-        shape = (batch_size, self.unet.config.in_channels, *image_size(self.unet))
-        if self.engine not in ENGINES:
-            raise ValueError(f"pipe.engine must be one of {', '.join(ENGINES)}; got {self.engine!r}")
-        check_eta(eta)
-        check_generator(generator, batch_size, device)
-        if timesteps is None:
-            num_inference_steps = check_count("num_inference_steps", num_inference_steps)
-        if seeds is not None and generator is not None:
-            raise ValueError("seeds and generator exclude each other: pass the seeds of the images, or a generator")
-        labels = check_class_labels(self.unet, class_labels, batch_size, device)
-        if seeds is not None:
-            seeds = seeds_tensor(seeds, batch_size, device)
-        if latents is not None:
-            check_latents(latents, shape)
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps)
-        else:
-            self.scheduler.set_timesteps(timesteps=timesteps)
+        Returns uint8 images (B, H, W, C) on the pipeline's device, and a bool (B,) that is True where an image is
+        NaN or infinite. For callers that overlap the copy with the next batch. The arguments are those of `__call__`.
+        """
+        request = make_request(
+            self.unet.config,
+            self._execution_device,
+            batch_size=batch_size,
+            generator=generator,
+            eta=eta,
+            num_inference_steps=num_inference_steps,
+            use_clipped_model_output=use_clipped_model_output,
+            latents=latents,
+            seeds=seeds,
+            class_labels=class_labels,
+            timesteps=timesteps,
+        )
+        return self._to_uint8(self._sample(request))
 
-        if latents is not None:
-            start = latents.to(device=device, dtype=torch.float32, copy=True)
-        elif isinstance(seeds, torch.Tensor):
-            start = seeded_noise(seeds, shape)
-        else:
-            with engine.capturing:
-                start = randn_tensor(shape, generator, device, dtype).float()
+    def _to_uint8(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from .kernels.to_uint8 import to_uint8
+
+        pixels, bad = to_uint8(sample)
+        return pixels, bad != 0
+
+    def _sample(self, request: Request) -> torch.Tensor:
+        """The final samples of `request`, float32 (B, C, H, W), by the scheduler's table or by its own step."""
+        # The schedule belongs to this call: nothing below reads what other threads share.
+        scheduler = copy.copy(self.scheduler)
+        set_schedule(scheduler, request)
+        # As diffusers leaves it.
+        vars(self.scheduler).update(vars(scheduler))
         try:
-            return engine.sample(
-                self,
-                start,
-                eta=float(eta),
-                use_clipped_model_output=bool(use_clipped_model_output),
-                generator=generator,
-                seeds=seeds,
-                class_labels=labels,
-            )
+            if follows_its_table(scheduler):
+                table = scheduler.step_table(
+                    request.num_inference_steps,
+                    request.eta,
+                    request.timesteps,
+                    use_clipped_model_output=request.use_clipped_model_output,
+                )
+                with self.progress_bar(total=len(table)) as bar:
+                    return self.runner.run(request, table, bar.update)
+            with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+                return self.runner.run_own_step(request, scheduler, bar.update)
         finally:
             self.maybe_free_model_hooks()
 
 
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
-    """Height and width that the model was trained at."""
-    size = unet.config.sample_size
-    if size is None:
-        raise ValueError(
-            "unet.config.sample_size is None, so the size of the images is unknown; build the model with sample_size="
-        )
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def check_count(name: str, value: Any) -> int:
-    """`value` as an int of at least 1."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
-
-
-def check_eta(eta: float) -> None:
-    if not isinstance(eta, int | float | np.floating | np.integer) or not math.isfinite(eta):
-        raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta!r}")
-    if not 0.0 <= eta <= 1.0:
-        logger.warning("eta should be between 0 (DDIM) and 1 (DDPM), got %s; the images may be wrong", eta)
-
-
-def check_generator(generator: Generators, batch_size: int, device: torch.device) -> None:
-    """Raise unless `generator` can draw noise for `batch_size` images on `device`."""
-    if generator is None:
-        return
-    generators = generator if isinstance(generator, list) else [generator]
-    for item in generators:
-        if not isinstance(item, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or a list of them, got {type(item).__name__}; "
-                "for an integer seed pass torch.Generator().manual_seed(seed)"
-            )
-        if item.device.type not in ("cpu", device.type):
-            raise ValueError(
-                f"generator is on {item.device}, but the pipeline runs on {device}; "
-                "use torch.Generator('cpu'), or one on the pipeline's device"
-            )
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(
-            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; pass one generator an image"
-        )
-
-
-def check_latents(latents: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(latents, torch.Tensor):
-        raise TypeError(f"latents must be a torch.Tensor of shape {shape}, got {type(latents).__name__}")
-    if tuple(latents.shape) != shape:
-        raise ValueError(
-            f"latents must have the shape (batch_size, channels, height, width) = {shape}, got {tuple(latents.shape)}"
-        )
-    if not latents.is_floating_point():
-        raise ValueError(f"latents must be floating point (standard normal noise), got {latents.dtype}")
-    if not torch.isfinite(latents).all():
-        raise ValueError("latents must be finite, but it holds NaN or infinity; draw it with torch.randn")
-
-
-def check_class_labels(
-    unet: UNet2DModel, class_labels: Labels, batch_size: int, device: torch.device
-) -> torch.Tensor | None:
-    """The labels as the model wants them, (B,) or (B, embedding) on `device`; None for unconditional models."""
-    kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
-    if kind is None and classes is None:
-        if class_labels is not None:
-            raise ValueError(f"class_labels is {class_labels!r}, but the model is unconditional; leave it out")
-        return None
-    if class_labels is None:
-        known = f"0 to {classes - 1}" if kind is None else f"class_embed_type {kind!r}"
-        raise ValueError(f"the model is class-conditional ({known}) and class_labels is missing; pass class_labels=")
-    labels = torch.as_tensor(class_labels)
-    if labels.ndim == 0:
-        labels = labels.expand(batch_size)
-    if len(labels) != batch_size:
-        raise ValueError(f"class_labels has {len(labels)} entries, but batch_size is {batch_size}; pass one an image")
-    if kind is None:
-        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
-            raise ValueError(f"class_labels must be integers, one an image; got {labels.dtype} {tuple(labels.shape)}")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"class_labels must lie in 0 to {classes - 1}, got {labels.tolist()}")
-    return labels.to(device)
+def bad_images(indices: list[int], dtype: torch.dtype) -> BadImagesError:
+    """The error for the bad images at `indices` of a batch, from a model in `dtype`."""
+    hint = "the weights may be damaged" if dtype == torch.float32 else "try torch_dtype=torch.float32 or bfloat16"
+    return BadImagesError(
+        f"images {indices} of the batch are NaN or infinite; the model runs in {dtype}, {hint}", indices
+    )

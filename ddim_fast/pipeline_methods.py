@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 from . import checkpoints
 from .checkpoints.lookup import HARMLESS_OPTIONS
 from .config import Config
-from .engine import EngineState
+from .engine import Engine, EngineName, EngineSettings
+from .offload import Offload, offload_device
 from .once import log_once
 from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
@@ -75,18 +77,49 @@ class PipelineMethods:
     scheduler: DDIMScheduler
 
     def __init__(self) -> None:
-        self.engine = "auto"
-        self.exact = False
-        self.compile_options: dict[str, Any] | None = None
+        self._settings = EngineSettings()
         self._config = Config()
         self._progress_bar_config: dict[str, Any] = {}
-        self._offload_device: torch.device | None = None
-        self._offload_hooks: list[Any] = []
-        self.engine_state = EngineState()
+        self._offload: Offload | None = None
+        self._runner: Engine | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and other processes pack and capture for themselves.
-        return {**self.__dict__, "engine_state": EngineState()}
+        return {**self.__dict__, "_runner": None}
+
+    # How the steps run
+
+    @property
+    def engine(self) -> EngineName:
+        """Who runs the steps: "auto", "plain", "fused" or "graph". Assigning anything else raises ValueError."""
+        return self._settings.engine
+
+    @engine.setter
+    def engine(self, name: EngineName) -> None:
+        self._settings = replace(self._settings, engine=name)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the CPU's convolutions keep to the direct algorithm: slower, with a few times smaller errors."""
+        return self._settings.exact
+
+    @exact.setter
+    def exact(self, value: bool) -> None:
+        self._settings = replace(self._settings, exact=value)
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """What `compile` was given; None without it."""
+        return self._settings.compile_options
+
+    @property
+    def runner(self) -> Engine:
+        """The `Engine` that runs the steps: it keeps packed weights, graphs and compiled forwards of `unet`."""
+        runner = self._runner
+        if runner is None or runner.unet is not self.unet:
+            self._runner = runner = Engine(self.unet)
+        runner.settings, runner.offload = self._settings, self._offload
+        return runner
 
     # Parts
 
@@ -202,9 +235,9 @@ class PipelineMethods:
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if v is not None})
-        if device is not None and self._offload_device is not None and device.type != "cpu":
+        if device is not None and self._offload is not None and device.type != "cpu":
             raise ValueError(
-                f"to({str(device)!r}): the weights are offloaded to {self._offload_device} step by step; "
+                f"to({str(device)!r}): the weights are offloaded to {self._offload.device} step by step; "
                 "call remove_all_hooks() first"
             )
         self.unet.to(device=device, dtype=dtype)
@@ -220,90 +253,46 @@ class PipelineMethods:
 
     @property
     def _execution_device(self) -> torch.device:
-        return self._offload_device or self.unet.device
+        return self.unet.device if self._offload is None else self._offload.device
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the weights on the CPU and move them to the accelerator for the length of a call."""
-        self._start_offload(gpu_id, device)
-
-        def move(module: torch.nn.Module, inputs: Any) -> None:
-            if module.device != self._offload_device:
-                module.to(self._offload_device)
-
-        self._offload_hooks = [self.unet.register_forward_pre_hook(move)]
+        self._start_offload(gpu_id, device, sequential=False)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
         """Keep the weights on the CPU and move those of one layer at a time: least memory, slowest."""
-        self._start_offload(gpu_id, device)
+        self._start_offload(gpu_id, device, sequential=True)
 
-        def tensors_of(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-            return module._parameters, module._buffers
-
-        def move_in(module: torch.nn.Module, inputs: Any) -> None:
-            for tensors in tensors_of(module):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        kept[module, name] = tensor
-                        moved = tensor.detach().to(self._offload_device)
-                        tensors[name] = torch.nn.Parameter(moved, False) if tensors is module._parameters else moved
-
-        def move_out(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            for tensors in tensors_of(module):
-                for name in tensors:
-                    if (module, name) in kept:
-                        tensors[name] = kept.pop((module, name))
-
-        kept: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
-        for module in self.unet.modules():
-            if module._parameters or module._buffers:
-                self._offload_hooks.append(module.register_forward_pre_hook(move_in))
-                self._offload_hooks.append(module.register_forward_hook(move_out, always_call=True))
-
-    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None) -> None:
-        target = torch.device("cuda") if device is None else torch.device(device)
-        if device is None and not torch.cuda.is_available():
-            raise RuntimeError("offloading needs an accelerator and none was found; name one with device=")
-        if gpu_id is not None and target.index is not None:
-            raise ValueError(f"gpu_id={gpu_id} and device={str(target)!r} both name a device; pass one of them")
-        if target.type == "cuda":
-            target = torch.device("cuda", gpu_id if gpu_id is not None else target.index or 0)
+    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, sequential: bool) -> None:
+        target = offload_device(gpu_id, device)
         self.remove_all_hooks()
-        self.unet.to("cpu")
-        self._offload_device = target
+        self._offload = Offload(self.unet, target, sequential)
 
     def maybe_free_model_hooks(self) -> None:
         """After a call: move offloaded weights back to the CPU. Does nothing without offloading."""
-        if self._offload_device is not None and self.unet.device.type != "cpu":
-            self.unet.to("cpu")
+        if self._offload is not None and self._offload.rest():
             self.repack()
 
     def remove_all_hooks(self) -> None:
         """End offloading; the weights stay on the CPU."""
-        for hook in self._offload_hooks:
-            hook.remove()
-        self._offload_hooks = []
-        if self._offload_device is not None:
+        if self._offload is not None:
+            self._offload.remove()
             self.maybe_free_model_hooks()
-        self._offload_device = None
+            self._offload = None
 
     @property
     def offloads(self) -> bool:
         """Whether the weights rest on the CPU between calls."""
-        return self._offload_device is not None
-
-    @property
-    def offloads_sequentially(self) -> bool:
-        """Whether the weights of one layer at a time are moved."""
-        return self.offloads and len(self._offload_hooks) > 1
+        return self._offload is not None
 
     def repack(self) -> None:
         """Forget packed weights, captured graphs and compiled forwards; the next call makes them anew.
 
         Changed weights are noticed without it. It also frees the memory of the graphs.
         """
-        self.engine_state = EngineState()
+        self._runner = None
 
     def compile(self, **options: Any) -> None:
         """Hand the forward to `torch.compile(**options)`, for those who accept the wait.
@@ -317,7 +306,7 @@ class PipelineMethods:
         from .engine.compiled import check_options
 
         check_options(options)
-        self.compile_options = None if options.get("disable") else options
+        self._settings = replace(self._settings, compile_options=None if options.get("disable") else options)
         self.repack()
 
     # Attention is memory-efficient already

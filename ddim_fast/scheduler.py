@@ -22,6 +22,7 @@ from .config import Configured, register_to_config
 from .noise import randn_tensor
 from .outputs import Output
 from .schedules import Timesteps, check_timesteps, make_betas, own_betas, rescale_zero_terminal_snr, spaced_timesteps
+from .step_table import StepTable, dynamic_threshold, make_step_table
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quad")
@@ -253,14 +254,16 @@ class DDIMScheduler(Configured):
         return _variance(self._alpha_prod(timestep), self._alpha_prod(prev_timestep))
 
     def step_table(
-        self, num_inference_steps: int | None, eta: float, timesteps: Timesteps | None = None
-    ) -> torch.Tensor:
-        """Everything the updates of a whole schedule need, as data: float32 (S, 8) on the CPU, one row a step.
+        self,
+        num_inference_steps: int | None,
+        eta: float,
+        timesteps: Timesteps | None = None,
+        *,
+        use_clipped_model_output: bool = False,
+    ) -> StepTable:
+        """The updates of a whole schedule as data, on the CPU, one row a step; `self` stays as it is.
 
-        The columns are sqrt(ᾱ_t), sqrt(1 - ᾱ_t), sqrt(ᾱ_prev), sqrt(1 - ᾱ_prev - σ²), σ, t, the step's index and 0.
-        With c0 to c4 for the first five, the model's output m and the sample x, `step` computes x₀ and e as
-        (x - c1·m) / c0 and m ("epsilon"), m and (x - c0·m) / c1 ("sample"), or c0·x - c1·m and c0·m + c1·x
-        ("v_prediction"); clips x₀; and returns c2·x₀ + c3·e + c4·noise. `self` stays as it is.
+        `table.step(index, sample, model_output)` gives what `step` gives, to the bit.
 
         Args:
             num_inference_steps: S. None, with no `timesteps` either, is the schedule that `set_timesteps` chose.
@@ -268,6 +271,7 @@ class DDIMScheduler(Configured):
                 above 1 can make the direction's radicand negative, which is NaN.
             timesteps: an own schedule, in which each step leads to the next entry; see `set_timesteps`.
                 (So for `self.timesteps` as `set_timesteps` chose them, pass None and not `timesteps=self.timesteps`.)
+            use_clipped_model_output: take the direction from the clipped x₀.
 
         Raises:
             ValueError, TypeError: `eta` is not finite, or the schedule is wrong; see `set_timesteps`.
@@ -283,9 +287,21 @@ class DDIMScheduler(Configured):
         prods, final = self.alphas_cumprod.tolist(), self.final_alpha_cumprod.item()
         now = torch.tensor([prods[t] for t in entries], dtype=torch.float32)
         after = torch.tensor([prods[t] if t >= 0 else final for t in previous], dtype=torch.float32)
-        coefficients = torch.stack(_coefficients(now, after, eta), dim=1)
-        counts = torch.tensor([[timestep, index, 0] for index, timestep in enumerate(entries)])
-        return torch.cat([coefficients, counts.float()], dim=1)
+        signal_scale, noise_scale, c_x0, c_direction, c_noise = _coefficients(now, after, eta)
+        config = self.config
+        clips = config.clip_sample and not config.thresholding
+        return make_step_table(
+            entries,
+            signal_scale=signal_scale,
+            noise_scale=noise_scale,
+            c_x0=c_x0,
+            c_direction=c_direction,
+            c_noise=c_noise,
+            prediction_type=config.prediction_type,
+            clip_range=float(config.clip_sample_range) if clips else None,
+            thresholding=(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None,
+            use_clipped_model_output=use_clipped_model_output,
+        )
 
     @overload
     def step(
@@ -341,6 +357,8 @@ class DDIMScheduler(Configured):
             ValueError: `set_timesteps` was not called, `timestep` is outside the schedule, `model_output` has another
                 shape than `sample`, `eta` is not finite, or both `generator` and `variance_noise` are given.
         """
+        from .kernels.update import limit_x0, next_sample, predict_x0_and_direction
+
         config = self.config
         timestep = int(timestep)
         previous = self._previous_timestep(timestep)
@@ -351,42 +369,37 @@ class DDIMScheduler(Configured):
             )
         if eta > 0 and variance_noise is not None and generator is not None:
             raise ValueError("generator and variance_noise exclude each other: pass one of them")
-        sqrt_prod, sqrt_rest, sqrt_prod_prev, direction, sigma = _coefficients(
-            self._alpha_prod(timestep), self._alpha_prod(previous), eta
-        )
-
-        if config.prediction_type == "epsilon":
-            original, epsilon = (sample - sqrt_rest * model_output) / sqrt_prod, model_output
-        elif config.prediction_type == "sample":
-            original, epsilon = model_output, (sample - sqrt_prod * model_output) / sqrt_rest
-        else:
-            original = sqrt_prod * sample - sqrt_rest * model_output
-            epsilon = sqrt_prod * model_output + sqrt_rest * sample
-
+        scales = _coefficients(self._alpha_prod(timestep), self._alpha_prod(previous), eta)
+        # The first five columns of a table's row.
+        row = torch.stack(scales)
+        original, epsilon = predict_x0_and_direction(sample, model_output, row, config.prediction_type)
         if config.thresholding:
             original = self._threshold_sample(original)
         elif config.clip_sample:
-            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
-        if use_clipped_model_output:
-            epsilon = (sample - sqrt_prod * original) / sqrt_rest
-
-        prev_sample = sqrt_prod_prev * original + direction * epsilon
-        if eta > 0:
-            if variance_noise is None:
-                variance_noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
-            prev_sample = prev_sample + sigma * variance_noise
+            original = limit_x0(original, config.clip_sample_range, None)
+        if eta <= 0:
+            variance_noise = None
+        elif variance_noise is None:
+            variance_noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
+        prev_sample = next_sample(
+            sample,
+            original,
+            epsilon,
+            row,
+            use_clipped_model_output=bool(use_clipped_model_output),
+            noise=variance_noise,
+        )
         if not return_dict:
             return prev_sample, original
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding (arXiv:2205.11487, section 2.3) of x₀, (B, C, ...), each image for itself."""
-        # PyTorch takes quantiles of float32 and float64 only.
-        wide = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        flat = wide.flatten(1)
-        limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
-        limit = limit.clamp(min=1, max=self.config.sample_max_value)
-        return (flat.clamp(-limit, limit) / limit).reshape(sample.shape).to(sample.dtype)
+        from .kernels.update import limit_x0
+
+        config = self.config
+        limit = dynamic_threshold(sample, config.dynamic_thresholding_ratio, config.sample_max_value)
+        return limit_x0(sample, None, limit)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """`sample` itself: DDIM does not scale what the model reads."""
@@ -408,12 +421,36 @@ class DDIMScheduler(Configured):
         return prods**0.5, (1 - prods) ** 0.5
 
 
+# What a subclass, or an assignment to an object, may replace: then the updates are no longer those of `step_table`.
+UPDATE_METHODS = (
+    "set_timesteps",
+    "step",
+    "scale_model_input",
+    "_schedule",
+    "_previous_timestep",
+    "_alpha_prod",
+    "_get_variance",
+    "_threshold_sample",
+)
+
+
+def follows_its_table(scheduler: Any) -> bool:
+    """Whether the updates of `scheduler` are those of its `step_table`; else only its own `step` knows them."""
+    return isinstance(scheduler, DDIMScheduler) and not any(
+        name in vars(scheduler) or getattr(type(scheduler), name) is not getattr(DDIMScheduler, name)
+        for name in UPDATE_METHODS
+    )
+
+
 def _variance(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
     return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
 
 
 def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tuple[torch.Tensor, ...]:
-    """The first five columns of `step_table`; `step` and the table both come here, so that they agree to the bit."""
+    """signal_scale, noise_scale, c_x0, c_direction and c_noise of a step table.
+
+    `step` and the table both come here, so that they agree to the bit.
+    """
     if not math.isfinite(eta):
         raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
     sigma = eta * _variance(prod, prod_prev) ** 0.5

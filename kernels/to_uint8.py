@@ -2,8 +2,8 @@
 
     v = clamp(x / 2 + 0.5, 0, 1), in x's dtype;  image = round(255 v), in float32, ties to even
 
-which are the bytes of diffusers' `numpy_to_pil((x / 2 + 0.5).clamp(0, 1))`. A NaN has no byte: it becomes 0 and the
-image's flag is set, on the device; `raise_if_bad` reads the flags where the caller synchronises anyway.
+which are the bytes of diffusers' `numpy_to_pil((x / 2 + 0.5).clamp(0, 1))`. A NaN has no byte: it becomes 0. An
+image that holds a NaN or an infinity has its flag set, on the device, for the caller to read where it waits anyway.
 
 Roofline: at least one read of the sample (4 or 2 bytes an element) and one write of a byte; that is what is moved, and
 the copy to the host is a quarter of float32's. Bytes are written 16 a thread; a channels-last sample is read 16 bytes
@@ -25,7 +25,7 @@ def to_uint8_reference(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """(images, bad) in PyTorch."""
     scaled = (sample / 2 + 0.5).clamp(0, 1).float().mul_(255).round_()
     images = scaled.nan_to_num_(0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return images, sample.isnan().flatten(1).any(1).int()
+    return images, (~sample.isfinite()).flatten(1).any(1).int()
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def _to_uint8_kernel(
     loaded = tl.load(sample + image_offset(image, sample_stride) + source, mask, other=0.0)
     x = loaded.to(tl.float32)
     nan = x != x
+    not_finite = nan | (tl.abs(x) == float("inf"))
     # Halving and adding round to the sample's dtype, as PyTorch does.
     scaled = _rounded(_rounded(x * 0.5, loaded.dtype) + 0.5, loaded.dtype)
     scaled = tl.where(nan, 0.0, tl.clamp(scaled, 0.0, 1.0) * 255.0)
@@ -68,7 +69,7 @@ def _to_uint8_kernel(
     tie = down.to(tl.float32) + 0.5
     up = (scaled > tie) | ((scaled == tie) & (down % 2 == 1))
     tl.store(images + image_offset(image, elements) + element, (down + up.to(tl.int32)).to(tl.uint8), mask)
-    if tl.max(nan.to(tl.int32), 0) > 0:
+    if tl.max(not_finite.to(tl.int32), 0) > 0:
         tl.store(bad + image, 1)
 
 
@@ -123,7 +124,7 @@ def to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         images: uint8 (B, H, W, C), contiguous.
-        bad: int32 (B,) on the device, 1 for an image that holds a NaN (its pixel is then 0); see `raise_if_bad`.
+        bad: int32 (B,) on the device, 1 for an image that holds a NaN (its byte is then 0) or an infinity.
         Nothing synchronises; not differentiable.
 
     Raises:
@@ -131,17 +132,3 @@ def to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check_images("sample", sample, FLOATS)
     return torch.ops.ddim_fast.to_uint8(sample)
-
-
-def raise_if_bad(bad: torch.Tensor) -> None:
-    """Raise where `to_uint8` met a NaN. Copies `bad` to the host: call it where the images are copied anyway.
-
-    Raises:
-        ValueError: names the images' positions in the batch.
-    """
-    positions = bad.nonzero().flatten().tolist()
-    if positions:
-        raise ValueError(
-            f"`sample` holds NaN in the images {positions} of the batch: the network or its weights overflow; "
-            "try `torch.float32` or `torch.bfloat16`"
-        )

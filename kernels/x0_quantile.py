@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
-from .ddim_step import check_update, predict_x0_reference
+from .ddim_step import check_update
 from .images import FLOATS, check_like
+from .update import predict_x0_and_direction
 
 
 def quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -63,5 +64,5 @@ def x0_quantile(
     if model_bias is not None:
         check_like("model_bias", model_bias, (sample.shape[1],), FLOATS, sample.device)
         model_output = model_output + model_bias[:, None, None]
-    x0 = predict_x0_reference(sample, model_output, table[step], prediction_type)
+    x0, _ = predict_x0_and_direction(sample, model_output, table[step], prediction_type)
     return quantile(x0.abs().flatten(1), ratio).clamp(1, max_value)

@@ -235,12 +235,12 @@ def test_it_says_what_could_not_run_and_why(folder, monkeypatch, no_cold):
 
 def test_a_graph_engine_that_ran_without_a_graph_is_not_timed_as_one(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("ddim_fast.engine.choose", lambda pipe: ("graph", ""))
+        patch.setattr("ddim_fast.engine.Engine.choose", lambda engine, device=None: ("graph", ""))
         sample = contenders.load("graph", folder, CPU, torch.float32)
     call = DDIMPipeline.__call__
 
     def fall_back(self, *arguments, **options):
-        self.engine, self.engine_state.not_capturable = "plain", "a block synchronises"
+        self.engine, self.runner.snapshot().not_capturable = "plain", "a block synchronises"
         return call(self, *arguments, **options)
 
     monkeypatch.setattr(DDIMPipeline, "__call__", fall_back)

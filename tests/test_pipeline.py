@@ -243,7 +243,7 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(pipe, message, mo
 )
 def test_wrong_class_labels_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
-        small_pipeline(num_class_embeds=4)(class_labels=labels)
+        small_pipeline(num_class_embeds=4)(2, class_labels=labels)
 
 
 def test_a_generator_of_another_device_is_refused(pipe):
@@ -262,10 +262,12 @@ def test_a_broken_model_says_which_images_are_broken(pipe):
         broken(2, num_inference_steps=1)
 
 
-def test_an_unknown_engine_is_refused(pipe):
-    pipe.engine = "turbo"
+def test_an_unknown_setting_is_refused_where_it_is_assigned(pipe):
     with pytest.raises(ValueError, match=r"pipe\.engine must be one of auto, plain, fused, graph; got 'turbo'"):
-        pipe()
+        pipe.engine = "turbo"
+    with pytest.raises(TypeError, match=r"pipe\.exact must be True or False; got 'yes'"):
+        pipe.exact = "yes"
+    assert (pipe.engine, pipe.exact) == ("auto", False)
 
 
 def test_something_that_is_no_unet_is_refused():

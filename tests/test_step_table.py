@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddim_fast.kernels.ddim_step import ddim_step_reference
 from ddim_fast.scheduler import DDIMScheduler
 
 schedulers = st.builds(
@@ -31,32 +30,26 @@ def normal(seed):
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def table_of(scheduler, schedule, eta):
-    return scheduler.step_table(schedule.get("num_inference_steps"), eta, timesteps=schedule.get("timesteps"))
+def table_of(scheduler, schedule, eta, **options):
+    return scheduler.step_table(
+        schedule.get("num_inference_steps"), eta, timesteps=schedule.get("timesteps"), **options
+    )
 
 
 @settings(max_examples=80, deadline=None)
 @given(schedulers, schedules, st.one_of(st.just(0.0), st.floats(0, 1)), st.booleans())
 def test_rows_reproduce_step_to_the_bit(scheduler, schedule, eta, clipped):
-    table = table_of(scheduler, schedule, eta)
+    table = table_of(scheduler, schedule, eta, use_clipped_model_output=clipped)
     assert scheduler.num_inference_steps is None, "the table changed the scheduler"
     scheduler.set_timesteps(**schedule)
-    assert table.shape == (len(scheduler.timesteps), 8)
-    assert (table.dtype, table.device.type) == (torch.float32, "cpu")
+    assert torch.equal(table.timesteps, scheduler.timesteps) and len(table) == len(scheduler.timesteps)
+    assert (table.values.dtype, table.values.device.type) == (torch.float32, "cpu")
     output, sample, noise = normal(1), normal(2), normal(3)
-    for row, timestep in zip(table, scheduler.timesteps, strict=True):
+    for index, timestep in enumerate(scheduler.timesteps):
         stepped = scheduler.step(
             output, timestep, sample, eta=eta, use_clipped_model_output=clipped, variance_noise=noise
         ).prev_sample
-        applied, _ = ddim_step_reference(
-            sample,
-            output,
-            row,
-            scheduler.config.prediction_type,
-            clip_range=1.0 if scheduler.config.clip_sample else None,
-            use_clipped_model_output=clipped,
-            noise=noise,
-        )
+        applied, _ = table.step(index, sample, output, noise=noise if eta > 0 else None)
         torch.testing.assert_close(applied, stepped, rtol=0, atol=0, equal_nan=True)
 
 
@@ -65,7 +58,11 @@ def test_rows_reproduce_step_to_the_bit(scheduler, schedule, eta, clipped):
 def test_the_table_of_the_schedule_in_place(scheduler, schedule, eta):
     scheduler.set_timesteps(**schedule)
     torch.testing.assert_close(
-        scheduler.step_table(None, eta), table_of(scheduler, schedule, eta), rtol=0, atol=0, equal_nan=True
+        scheduler.step_table(None, eta).values,
+        table_of(scheduler, schedule, eta).values,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
 
 
@@ -75,19 +72,21 @@ def test_columns_are_those_of_the_paper(eta):
     prods = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)
     timesteps = [990, 600, 250, 3]
     table = DDIMScheduler().step_table(None, eta, timesteps=timesteps)
-    for index, (row, timestep) in enumerate(zip(table.tolist(), timesteps, strict=True)):
+    columns = ("signal_scale", "noise_scale", "c_x0", "c_direction", "c_noise", "timestep", "index")
+    rows = torch.stack([table.column(name) for name in columns], dim=1)
+    for index, (row, timestep) in enumerate(zip(rows.tolist(), timesteps, strict=True)):
         now = prods[timestep].item()
         after = prods[timesteps[index + 1]].item() if index < 3 else 1.0
         sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
         direction = math.sqrt(1 - after - sigma**2)
-        expected = [math.sqrt(now), math.sqrt(1 - now), math.sqrt(after), direction, sigma, timestep, index, 0.0]
+        expected = [math.sqrt(now), math.sqrt(1 - now), math.sqrt(after), direction, sigma, timestep, index]
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 def test_an_eta_of_one_is_ddpm():
     """The update is the posterior q(x_{t-1} | x_t, x₀) of DDPM (Ho et al. 2020, equation 7), written with βs."""
     scheduler = DDIMScheduler()
-    table = scheduler.step_table(1000, 1.0).double()[:-1]
+    table = scheduler.step_table(1000, 1.0).values.double()[:-1]
     beta = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64).flip(0)[:-1]
     prods = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0).flip(0)
     now, after = prods[:-1], prods[1:]
@@ -100,9 +99,11 @@ def test_an_eta_of_one_is_ddpm():
 
 
 def test_without_eta_there_is_no_noise_whatever_its_sign():
-    assert not DDIMScheduler().step_table(10, 0.0)[:, 4].any()
-    assert not DDIMScheduler().step_table(10, -0.5)[:, 4].any()
-    assert DDIMScheduler().step_table(10, 0.5)[:-1, 4].all()
+    for eta in (0.0, -0.5):
+        table = DDIMScheduler().step_table(10, eta)
+        assert not table.adds_noise and not table.column("c_noise").any()
+    table = DDIMScheduler().step_table(10, 0.5)
+    assert table.adds_noise and table.column("c_noise")[:-1].all()
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,12 @@ def reference(folder: Path, device: torch.device, dtype: torch.dtype, batch: int
     """
     from .. import DDIMPipeline
     from ..noise import randn_tensor
-    from ..pipeline import image_size
+    from ..request import image_size
 
     pipe: Any = DDIMPipeline.from_pretrained(folder, torch_dtype=dtype, device=device).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.engine = "plain"
-    shape = (batch, pipe.unet.config.in_channels, *image_size(pipe.unet))
+    shape = (batch, pipe.unet.config.in_channels, *image_size(pipe.unet.config))
     latents = randn_tensor(shape, torch.Generator(device).manual_seed(SEED), device, dtype).float()
     labels = {"class_labels": 0} if pipe.unet.config.num_class_embeds else {}
     matmul = torch.backends.cuda.matmul

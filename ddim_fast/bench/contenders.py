@@ -36,12 +36,11 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> S
 def load_engine(engine: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Sample:
     """Our pipeline with one engine; class-conditional models draw class 0."""
     from .. import DDIMPipeline
-    from ..engine import choose
 
     pipe: Any = DDIMPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
     pipe.engine = engine
-    chosen, reason = choose(pipe)
+    chosen, reason = pipe.runner.choose()
     if chosen != engine:
         raise Unavailable(reason)
     labels = {"class_labels": 0} if pipe.unet.config.num_class_embeds else {}
@@ -49,8 +48,8 @@ def load_engine(engine: str, folder: Path, device: torch.device, dtype: torch.dt
 
     def sample(batch: int, steps: int) -> Tensor:
         drawn = pipe(batch, generator.manual_seed(SEED), num_inference_steps=steps, output_type="pt", **labels)
-        if engine == "graph" and pipe.engine_state.not_capturable is not None:
-            raise Unavailable(f"a graph cannot hold the steps: {pipe.engine_state.not_capturable}")
+        if engine == "graph" and pipe.runner.not_capturable is not None:
+            raise Unavailable(f"a graph cannot hold the steps: {pipe.runner.not_capturable}")
         return images_of(drawn)
 
     return sample

@@ -22,12 +22,15 @@ from ..once import log_once
 from .convs import fuses_bias
 from .forward import fused_forward
 from .graph import GraphCache, capture, product_settings
-from .loop import Predict, Run, initial_state, predict_fused, predict_plain, time_rows
+from .loop import Predict, Run, call_unet, initial_state, predict_fused, predict_plain, time_rows
 from .pack import PackedUNet
 
 if TYPE_CHECKING:
-    from ..pipeline_methods import PipelineMethods
+    from ..request import Request
+    from ..step_table import StepTable
     from ..unet import UNet2DModel
+    from .engine import Engine
+    from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def compile_predict(run: Run, options: dict[str, Any]) -> Predict:
     """What predicts a step by the compiled forward."""
     if run.packed is not None and not fuses_bias(run.latents):
         return predict_fused(run.packed, compile_fused(run.packed, options))
-    return predict_plain(run.unet, compile_module(run.unet, options))
+    return predict_plain(compile_module(run.unet, options))
 
 
 def compile_fused(packed: PackedUNet, options: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -75,8 +78,8 @@ def compile_fused(packed: PackedUNet, options: dict[str, Any]) -> Callable[[Tens
 def compile_module(unet: UNet2DModel, options: dict[str, Any]) -> Callable[..., Any]:
     """`unet` of (sample, timestep, class_labels), compiled at its first call."""
 
-    def forward(sample: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Any:
-        return unet(sample, timestep, class_labels)
+    def forward(sample: Tensor, timestep: Tensor, *class_labels: Tensor) -> Any:
+        return unet(sample, timestep, *class_labels)
 
     return compile_alone(forward, options)
 
@@ -94,7 +97,7 @@ def compile_alone(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return torch.compile(alone, **{"dynamic": False, **options})
 
 
-def faster_predict(pipe: PipelineMethods, run: Run, predict: Predict, in_graphs: bool) -> Predict:
+def faster_predict(engine: Engine, snapshot: Snapshot, run: Run, predict: Predict, in_graphs: bool) -> Predict:
     """`predict`, or its compiled form where the step is faster with it, in graphs if it will run in them."""
 
     def prepare(candidate: Predict) -> Callable[[], Any]:
@@ -114,52 +117,56 @@ def faster_predict(pipe: PipelineMethods, run: Run, predict: Predict, in_graphs:
         return replay
 
     how = "graph" if in_graphs else "steps"
-    return faster(pipe, run.latents, run.labels, predict, partial(compile_predict, run), prepare, how)
+    shapes = (tuple(run.latents.shape), None if run.labels is None else tuple(run.labels.shape))
+    return faster(engine, snapshot, run.latents.device, shapes, predict, partial(compile_predict, run), prepare, how)
 
 
-def faster_module(
-    pipe: PipelineMethods, latents: Tensor, labels: Tensor | None, timestep: Tensor
-) -> Callable[..., Any]:
-    """`pipe.unet`, or its compiled form where that is faster."""
+def faster_module(engine: Engine, snapshot: Snapshot, request: Request, table: StepTable) -> Callable[..., Any]:
+    """The engine's network, or its compiled form where that is faster."""
+    unet: Any = engine.unet
 
     def prepare(candidate: Callable[..., Any]) -> Callable[[], Any]:
-        return partial(candidate, latents.to(pipe.unet.dtype), timestep, labels)
+        sample = torch.zeros(request.shape, dtype=unet.dtype, device=request.device)
+        labels = None if request.labels is None else request.labels.to(request.device)
+        return partial(call_unet, candidate, sample, table.timesteps[0], labels)
 
-    unet: Callable[..., Any] = pipe.unet
-    return faster(pipe, latents, labels, unet, partial(compile_module, pipe.unet), prepare, "plain")
+    shapes = (request.shape, None if request.labels is None else tuple(request.labels.shape))
+    return faster(engine, snapshot, request.device, shapes, unet, partial(compile_module, unet), prepare, "plain")
 
 
 def faster(
-    pipe: PipelineMethods,
-    latents: Tensor,
-    labels: Tensor | None,
+    engine: Engine,
+    snapshot: Snapshot,
+    device: torch.device,
+    shapes: tuple[Any, ...],
     without: F,
     make: Callable[[dict[str, Any]], F],
     prepare: Callable[[F], Callable[[], Any]],
     how: str,
 ) -> F:
-    """`without`, or `make(options)` where that was faster when this shape first came; `how` it is called."""
-    options = pipe.compile_options
+    """`without`, or `make(options)` where that was faster when these `shapes` first came; `how` it is called."""
+    options = engine.settings.compile_options
     if options is None:
         return without
-    reason = not_compiled(pipe)
+    reason = not_compiled(engine)
     if reason is not None:
         log_once(logger, logging.WARNING, f"torch.compile is left out: {reason}")
         return without
-    autocast = torch.is_autocast_enabled(latents.device.type)
-    label_shape = None if labels is None else tuple(labels.shape)
-    key = (how, tuple(latents.shape), pipe.dtype, label_shape, autocast, product_settings())
-    kept = pipe.engine_state.forwards
-    if key not in kept:
-        where = f"for {tuple(latents.shape)} in {str(pipe.dtype).removeprefix('torch.')}"
-        kept[key] = contest(without, make, prepare, options, latents.device, where)
-    chosen: F = kept[key]
+    autocast, dtype = torch.is_autocast_enabled(device.type), engine.unet.dtype
+    key = (how, *shapes, dtype, autocast, product_settings())
+    # While one thread times, another one would be noise, or time for itself.
+    with engine.lock:
+        kept = snapshot.forwards
+        if key not in kept:
+            where = f"for {shapes[0]} in {str(dtype).removeprefix('torch.')}"
+            kept[key] = contest(without, make, prepare, options, device, where)
+        chosen: F = kept[key]
     return chosen
 
 
-def not_compiled(pipe: PipelineMethods) -> str | None:
-    """Why `pipe` must run without torch.compile; None if it may run with it."""
-    if pipe.offloads:
+def not_compiled(engine: Engine) -> str | None:
+    """Why `engine` must run without torch.compile; None if it may run with it."""
+    if engine.offload is not None:
         return "the weights are offloaded between calls; call pipe.remove_all_hooks()"
     if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for, as jobs ask for them, and here a timing would choose"

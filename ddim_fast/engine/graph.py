@@ -10,14 +10,14 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import capturing
-from .loop import Predict, Run, State, draw_noise, initial_state, run_step, time_rows, windows
+from .capturing import capturing
+from .loop import Predict, Run, State, draw_noise, initial_state, run_step, time_rows, update_by_kernel, windows
 
 MAX_GRAPHS = 8
 WARM_UP_STEPS = 2
@@ -67,7 +67,7 @@ def run_graphs(run: Run, predict: Predict, cache: GraphCache, progress: Callable
         cache.done = torch.cuda.Event()
     # The last run may have been launched on another stream.
     torch.cuda.current_stream(device).wait_event(cache.done)
-    sample = run.latents
+    sample, x0 = run.latents, None
     try:
         # All captures come before the first draw, so that a failure leaves a generator as it was.
         graphs = {len(window): find_or_capture(run, predict, cache, window) for window in windows(run)}
@@ -75,10 +75,10 @@ def run_graphs(run: Run, predict: Predict, cache: GraphCache, progress: Callable
             captured = graphs[len(window)]
             if captured.state.noise is not None:
                 for noise in captured.state.noise:
-                    noise.copy_(draw_noise(run))
-            fill(captured.state, run, run.table[window.start : window.stop], time_rows(run, window), sample)
+                    noise.copy_(draw_noise(run, run.unet.dtype))
+            fill(captured.state, run, run.table[window.start : window.stop], time_rows(run, window), sample, x0)
             captured.graph.replay()
-            sample = captured.state.sample
+            sample, x0 = captured.state.sample, captured.state.x0
             progress(len(window))
         # The buffer belongs to the graph, and the next call writes it.
         return sample.clone()
@@ -89,7 +89,7 @@ def run_graphs(run: Run, predict: Predict, cache: GraphCache, progress: Callable
 def graph_key(run: Run, steps: int) -> tuple[Any, ...]:
     """What a graph is captured for; everything else is data."""
     label_shape = None if run.labels is None else (tuple(run.labels.shape), run.labels.dtype)
-    how = (run.unet.dtype, run.draws_ahead, run.update, product_settings())
+    how = (run.unet.dtype, run.draws_ahead, run.rule, product_settings())
     return (tuple(run.latents.shape), steps, *how, label_shape)
 
 
@@ -145,14 +145,16 @@ def static_state(run: Run, window: range) -> State:
         sample=sample,
         low=low,
         table=run.table[window.start : window.stop].clone(),
+        rule=run.rule,
         rows=None if rows is None else rows.clone(),
         seeds=seeds,
         noise=noise,
         labels=None if run.labels is None else run.labels.clone(),
+        x0=state.x0,
     )
 
 
-def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, sample: Tensor) -> None:
+def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, sample: Tensor, x0: Tensor | None = None) -> None:
     """Copy a window's data into the static buffers; the noise is drawn into its own."""
     state.table.copy_(table)
     if state.rows is not None and rows is not None:
@@ -165,6 +167,8 @@ def fill(state: State, run: Run, table: Tensor, rows: Tensor | None, sample: Ten
         state.sample.copy_(sample)
         if state.low is not state.sample:
             state.low.copy_(sample)
+    if state.x0 is not None and x0 is not None and x0 is not state.x0:
+        state.x0.copy_(x0)
 
 
 def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Captured:
@@ -181,7 +185,7 @@ def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Cap
         try:
             with torch.cuda.stream(cache.stream):
                 for index in range(min(len(window), WARM_UP_STEPS)):
-                    run_step(state, predict, run.update, index)
+                    run_step(state, predict, update_by_kernel, index)
         finally:
             # The buffers are of the current stream, which may give them to others only when they are free.
             current.wait_stream(cache.stream)
@@ -191,7 +195,7 @@ def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Cap
         try:
             with workspaces_of_its_own(), recording:
                 for index in range(len(window)):
-                    run_step(state, predict, run.update, index)
+                    run_step(state, predict, update_by_kernel, index)
         finally:
             # PyTorch leaves the stream of a capture that cannot be ended the current one.
             torch.cuda.set_stream(current)
@@ -230,17 +234,8 @@ def describe_shortage(run: Run, predict: Predict) -> str:
     """What did not fit, and the batch that would, measured with one image."""
     batch, device = len(run.latents), run.latents.device
     message = f"batch_size={batch} does not fit the memory of {torch.cuda.get_device_name(device)}"
-    single = Run(
-        run.latents[:1],
-        run.table[:1],
-        0.0,
-        run.update,
-        None,
-        None,
-        None if run.labels is None else run.labels[:1],
-        run.packed,
-        run.unet,
-    )
+    labels = None if run.labels is None else run.labels[:1]
+    single = replace(run, latents=run.latents[:1], table=run.table[:1], generator=None, seeds=None, labels=labels)
     try:
         # What this call holds already will be free again.
         held = run.latents.numel() * run.latents.element_size()
@@ -248,7 +243,7 @@ def describe_shortage(run: Run, predict: Predict) -> str:
         before = torch.cuda.memory_allocated(device)
         state = initial_state(single)
         state.rows = time_rows(single, range(1))
-        run_step(state, predict, run.update, 0)
+        run_step(state, predict, update_by_kernel, 0)
         torch.cuda.synchronize(device)
         an_image = max(1, torch.cuda.max_memory_allocated(device) - before)
         free, _ = torch.cuda.mem_get_info(device)

@@ -1,23 +1,30 @@
-"""The step loop: S times (UNet, fused DDIM update), in windows of steps, with nothing read back to the host."""
+"""The step loop: S times (UNet, update), in windows of steps, with nothing read back to the host.
+
+The plain engine and the fast ones share it. They differ in `predict`, which evaluates the network, and in the update:
+a kernel in place, or plain PyTorch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..noise import draw_seeds, randn_tensor
+from ..noise import draw_seeds, randn_tensor, seeded_noise, step_noise
+from ..request import Generators, Request
+from ..step_table import StepTable, UpdateRule, update
+from .capturing import capturing
 from .cpu.workspace import workspace
 from .forward import fused_forward, time_table
 from .layout import nchw
 from .pack import PackedUNet
+from .uploads import upload
 
 if TYPE_CHECKING:
-    from ..scheduler import DDIMScheduler
     from ..unet import UNet2DModel
 
 MAX_WINDOW = 64
@@ -25,36 +32,35 @@ MAX_WINDOW = 64
 MAX_NOISE_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Update:
-    """How the update treats the model's output: the scheduler's settings, constant over a run."""
-
-    prediction_type: str
-    clip_range: float | None
-    thresholding: tuple[float, float] | None
-    use_clipped_model_output: bool
-
-
 @dataclass
 class State:
     """The tensors of a run. In a graph they are static: replays read and write these addresses.
 
-    `sample`: float32 (B, C, H, W), channels last. `low`: the same in the UNet's dtype (`sample` itself in float32).
-    `table`: float32 (W, 8), rows of `scheduler.step_table`. `rows`: the window of the time tables, or None for the
+    `sample`: float32 (B, C, H, W). `low`: the same in the UNet's dtype (`sample` itself in float32). `table`: the rows
+    of this window, (W, ...); `rule` holds for all of them. `rows`: the window of the time tables, or None for the
     plain modules. `seeds`: int64 (B,) or None. `noise`: (W, B, C, H, W), or None. `labels`: as the UNet takes them.
+    `x0`: float32 (B, C, H, W), the x₀ of the step before, or None where the rule has no use for it.
     """
 
     sample: Tensor
     low: Tensor
     table: Tensor
-    rows: Tensor | None
-    seeds: Tensor | None
-    noise: Tensor | None
-    labels: Tensor | None = field(default=None)
+    rule: UpdateRule
+    rows: Tensor | None = None
+    seeds: Tensor | None = None
+    noise: Tensor | None = None
+    labels: Tensor | None = None
+    x0: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
 
 # The model's output for step `index` of the window, and a bias that it still lacks.
 Predict = Callable[[State, int], tuple[Tensor, Tensor | None]]
+# Takes the state from step `index` of the window to the next, given what `Predict` returned.
+Update = Callable[[State, Tensor, Tensor | None, int], None]
 
 
 def predict_fused(packed: PackedUNet, forward: Callable[[Tensor, Tensor], Tensor] | None = None) -> Predict:
@@ -69,52 +75,44 @@ def predict_fused(packed: PackedUNet, forward: Callable[[Tensor, Tensor], Tensor
     return predict
 
 
-def predict_plain(unet: UNet2DModel, forward: Callable[..., Any] | None = None) -> Predict:
-    """Predict with the readable modules: for models with a block that the fused engine does not know.
-
-    `forward` is `unet` in another form.
-    """
-    forward = forward or unet
+def predict_plain(unet: Callable[..., Any]) -> Predict:
+    """Predict with the readable modules, or with `unet` in another form."""
 
     def predict(state: State, index: int) -> tuple[Tensor, None]:
-        return forward(state.low, timesteps_of(unet, state.table)[index], state.labels).sample, None
+        return call_unet(unet, state.low, timesteps_of(state.table)[index], state.labels), None
 
     return predict
 
 
-def timesteps_of(unet: UNet2DModel, table: Tensor) -> Tensor:
-    """A table's timesteps, (W,), as the model takes them: integers where each of them has a row of weights."""
-    return table[:, 5].long() if unet.config.time_embedding_type == "learned" else table[:, 5]
+def call_unet(unet: Callable[..., Any], sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+    """The output of a UNet module for `sample` at `timestep`; unconditional ones are called with these two alone."""
+    output: Tensor = unet(sample, timestep, *(() if labels is None else (labels,))).sample
+    return output
 
 
-def make_update(scheduler: DDIMScheduler, use_clipped_model_output: bool) -> Update:
-    """The update's settings, from the scheduler's config; thresholding excludes clipping, as in diffusers."""
-    config = scheduler.config
-    return Update(
-        prediction_type=config.prediction_type,
-        clip_range=float(config.clip_sample_range) if config.clip_sample and not config.thresholding else None,
-        thresholding=(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None,
-        use_clipped_model_output=use_clipped_model_output,
-    )
+def timesteps_of(table: Tensor) -> Tensor:
+    """A table's timesteps, int64 (W,)."""
+    from ..kernels.update import COLUMNS
+
+    return table[:, COLUMNS.index("timestep")].long()
 
 
-def run_step(state: State, predict: Predict, update: Update, index: int) -> None:
-    """One step: the UNet and one update launch, in place on `state.sample` and `state.low`."""
+def update_by_kernel(state: State, output: Tensor, bias: Tensor | None, index: int) -> None:
+    """One launch, in place on `state.sample`, `state.low` and `state.x0`."""
     from ..kernels.ddim_step import ddim_step
     from ..kernels.x0_quantile import x0_quantile
 
-    output, bias = predict(state, index)
-    threshold = None
-    if update.thresholding is not None:
-        ratio, maximum = update.thresholding
+    rule, threshold = state.rule, None
+    if rule.thresholding is not None:
+        ratio, max_value = rule.thresholding
         threshold = x0_quantile(
             state.sample,
             output,
             state.table,
             index,
-            prediction_type=update.prediction_type,
+            prediction_type=rule.prediction_type,
             ratio=ratio,
-            max_value=maximum,
+            max_value=max_value,
             model_bias=bias,
         )
     ddim_step(
@@ -122,27 +120,56 @@ def run_step(state: State, predict: Predict, update: Update, index: int) -> None
         output,
         state.table,
         index,
-        prediction_type=update.prediction_type,
-        clip_range=update.clip_range,
+        prediction_type=rule.prediction_type,
+        clip_range=rule.clip_range,
         threshold=threshold,
-        use_clipped_model_output=update.use_clipped_model_output,
+        use_clipped_model_output=rule.use_clipped_model_output,
         noise=None if state.noise is None else state.noise[index],
         seeds=state.seeds,
+        model_bias=bias,
+        use_sample=rule.use_sample,
+        previous_x0=state.x0,
         out=state.sample,
         out_low=None if state.low is state.sample else state.low,
-        model_bias=bias,
+        x0_out=state.x0,
     )
+
+
+def update_in_pytorch(state: State, output: Tensor, bias: Tensor | None, index: int) -> None:
+    """The same by `step_table.update`, for any device; `state.table` may lie on the CPU."""
+    from ..kernels.update import coefficient
+
+    row = state.table[index]
+    output = output.to(state.sample.dtype)
+    if bias is not None:
+        output = output + bias[:, None, None]
+    noise = None if state.noise is None else state.noise[index].to(state.sample.dtype)
+    if state.seeds is not None and coefficient(row, "c_noise") != 0:
+        noise = step_noise(state.seeds, int(coefficient(row, "index")), tuple(state.sample.shape))
+    state.sample, x0 = update(row, state.rule, state.sample, output, previous_x0=state.x0, noise=noise)
+    state.low = state.sample.to(state.low.dtype)
+    state.x0 = x0 if state.rule.use_previous_x0 else None
+
+
+def run_step(
+    state: State, predict: Predict, update: Update, index: int, draw: Callable[[torch.dtype], Tensor] | None = None
+) -> None:
+    """One step: the UNet and one update. `draw` gives the step's noise in the dtype of the UNet's output."""
+    output, bias = predict(state, index)
+    if draw is not None:
+        state.noise = draw(output.dtype).expand(len(state.table), *state.sample.shape)
+    update(state, output, bias, index)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call's data: the whole schedule, and where its noise comes from."""
+    """One call's data: the whole schedule, where it starts, and where its noise comes from."""
 
     latents: Tensor
     table: Tensor
-    eta: float
-    update: Update
-    generator: torch.Generator | list[torch.Generator] | None
+    rule: UpdateRule
+    draws_ahead: bool
+    generator: Generators
     seeds: Tensor | None
     labels: Tensor | None
     packed: PackedUNet | None
@@ -152,35 +179,44 @@ class Run:
     def steps(self) -> int:
         return len(self.table)
 
-    @property
-    def draws_ahead(self) -> bool:
-        """Whether the noise of the steps comes from a torch generator, as diffusers draws it."""
-        return self.eta > 0 and self.seeds is None
-
 
 def make_run(
-    unet: UNet2DModel,
-    packed: PackedUNet | None,
-    scheduler: DDIMScheduler,
-    latents: Tensor,
-    *,
-    eta: float,
-    use_clipped_model_output: bool,
-    generator: torch.Generator | list[torch.Generator] | None,
-    seeds: Tensor | None,
-    class_labels: Tensor | None,
+    unet: UNet2DModel, packed: PackedUNet | None, request: Request, table: StepTable, plain: bool = False
 ) -> Run:
-    """Bring schedule and labels to the device, and choose the noise.
+    """Bring schedule, seeds and labels to the device, and draw the starting noise.
 
-    Without `generator` and `seeds`, CUDA draws the noise in the kernel, from seeds that PyTorch's global generator
-    gives; the CPU draws from that generator itself, and so gives diffusers' pictures.
+    Without `generator` and `seeds`, CUDA draws the noise of the steps in the kernel, from seeds that PyTorch's global
+    generator gives; the CPU, and the plain engine everywhere, draw from that generator itself, and so give diffusers'
+    pictures. A `plain` run reads its table on the host.
     """
-    device = latents.device
-    table = scheduler.step_table(None, eta).to(device, non_blocking=True)
-    if eta > 0 and seeds is None and generator is None and device.type == "cuda":
-        seeds = draw_seeds(len(latents)).to(device, non_blocking=True)
-    update = make_update(scheduler, use_clipped_model_output)
-    return Run(latents, table, eta, update, generator, seeds, class_labels, packed, unet)
+    device = request.device
+    seeds, latents = start(request, unet.dtype)
+    adds_noise = request.eta > 0 or table.adds_noise
+    if adds_noise and seeds is None and request.generator is None and device.type == "cuda" and not plain:
+        seeds = upload(draw_seeds(len(latents)), device)
+    return Run(
+        latents=latents,
+        table=table.values if plain else upload(table.values, device),
+        rule=table.rule,
+        draws_ahead=adds_noise and seeds is None,
+        generator=request.generator,
+        seeds=seeds,
+        labels=None if request.labels is None else upload(request.labels, device),
+        packed=packed,
+        unet=unet,
+    )
+
+
+def start(request: Request, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """The seeds on the device, or None, and the starting noise, float32 (B, C, H, W), of a model in `dtype`."""
+    device = request.device
+    seeds = None if request.seeds is None else upload(request.seeds, device)
+    if request.latents is not None:
+        return seeds, request.latents.to(device=device, dtype=torch.float32, copy=True)
+    if seeds is not None:
+        return seeds, seeded_noise(seeds, request.shape)
+    with capturing:
+        return None, randn_tensor(request.shape, request.generator, device, dtype).float()
 
 
 def windows(run: Run) -> Iterator[range]:
@@ -206,37 +242,50 @@ def time_rows(run: Run, window: range) -> Tensor | None:
     """The time tables of `window`; None for the plain modules."""
     if run.packed is None:
         return None
-    timesteps = timesteps_of(run.unet, run.table[window.start : window.stop])
+    timesteps = timesteps_of(run.table[window.start : window.stop])
+    if run.unet.config.time_embedding_type != "learned":
+        timesteps = timesteps.float()
     return time_table(run.packed, run.unet, timesteps, run.labels)
 
 
-def draw_noise(run: Run) -> Tensor:
-    """What the generator must draw for the next step, as diffusers draws it: (B, C, H, W) in the UNet's dtype."""
-    return randn_tensor(run.latents.shape, run.generator, run.latents.device, run.unet.dtype)
+def draw_noise(run: Run, dtype: torch.dtype) -> Tensor:
+    """What the generator must draw for the next step, as diffusers draws it: (B, C, H, W)."""
+    return randn_tensor(run.latents.shape, run.generator, run.latents.device, dtype)
 
 
 def initial_state(run: Run) -> State:
-    """The tensors of a run before its first window."""
+    """The tensors of a run before its first window, for `update_by_kernel`: images in channels last."""
     sample = run.latents.contiguous(memory_format=torch.channels_last)
     if sample.shape[1] == 1:
         # The strides of a single channel are ambiguous: say that they are channels last.
         sample = sample.as_strided(sample.shape, (sample.stride(0), 1, sample.shape[3], 1))
     dtype = run.unet.dtype
-    low = sample if dtype == torch.float32 else torch.empty_like(sample, dtype=dtype).copy_(sample)
-    return State(sample, low, run.table, None, run.seeds, None, run.labels)
+    return State(
+        sample=sample,
+        low=sample if dtype == torch.float32 else torch.empty_like(sample, dtype=dtype).copy_(sample),
+        table=run.table,
+        rule=run.rule,
+        seeds=run.seeds,
+        labels=run.labels,
+        x0=torch.zeros_like(sample) if run.rule.use_previous_x0 else None,
+    )
 
 
-def run_eagerly(run: Run, predict: Predict, progress: Callable[[int], object]) -> Tensor:
-    """All steps, launched one by one. `progress` is told after every step."""
-    state = initial_state(run)
+def plain_state(run: Run) -> State:
+    """The tensors of a run before its first window, for `update_in_pytorch`: images as they come."""
+    sample = run.latents
+    return State(sample, sample.to(run.unet.dtype), run.table, run.rule, seeds=run.seeds, labels=run.labels)
+
+
+def run_eagerly(run: Run, state: State, predict: Predict, update: Update, progress: Callable[[int], object]) -> Tensor:
+    """All steps from `state`, launched one by one. `progress` is told after every step."""
+    draw = partial(draw_noise, run) if run.draws_ahead else None
     try:
         for window in windows(run):
             state.table = run.table[window.start : window.stop]
             state.rows = time_rows(run, window)
             for index in range(len(window)):
-                if run.draws_ahead:
-                    state.noise = draw_noise(run).expand(len(window), *run.latents.shape)
-                run_step(state, predict, run.update, index)
+                run_step(state, predict, update, index, draw)
                 progress(1)
     finally:
         workspace.release()

@@ -1,53 +1,24 @@
-"""The plain engine: the readable modules and `scheduler.step`, on any device. The others must give what it gives."""
+"""The plain engine: the readable modules and PyTorch's own operators, on any device; the others agree with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ..noise import randn_tensor, step_noise
-from ..scheduler import DDIMScheduler
-from ..unet import UNet2DModel
+from ..request import Request
+from ..step_table import StepTable
+from .loop import make_run, plain_state, predict_plain, run_eagerly, update_in_pytorch
 
 
-def sample_plain(
-    unet: UNet2DModel,
-    scheduler: DDIMScheduler,
-    latents: torch.Tensor,
-    steps: Iterable[int],
-    *,
-    eta: float = 0.0,
-    use_clipped_model_output: bool = False,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    seeds: torch.Tensor | None = None,
-    class_labels: torch.Tensor | None = None,
-    forward: Callable[..., Any] | None = None,
-) -> torch.Tensor:
-    """Run DDIM sampling (Song et al. 2021, equation 12) from `latents`, float32 (B, C, H, W), to the final sample.
-
-    `scheduler.set_timesteps` has been called; `steps` counts 0 to S - 1 (a progress bar may wrap it). The sample
-    stays float32 whatever the dtype of `unet`. With `eta` > 0 the noise of a step is drawn from `generator` as
-    diffusers draws it, or from `seeds` (int64, (B,)) so that an image depends on its own seed alone. `forward` is
-    `unet` in another form.
-    """
-    forward = forward or unet
-    sample = latents
-    for index in steps:
-        timestep = scheduler.timesteps[index]
-        model_output = forward(sample.to(unet.dtype), timestep, class_labels).sample
-        noise = None
-        if eta > 0 and seeds is not None:
-            noise = step_noise(seeds, index, tuple(sample.shape))
-        elif eta > 0:
-            noise = randn_tensor(sample.shape, generator, sample.device, model_output.dtype).float()
-        sample = scheduler.step(
-            model_output.float(),
-            timestep,
-            sample,
-            eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
-            variance_noise=noise,
-        ).prev_sample
-    return sample
+def run_plain(
+    unet: Any,
+    request: Request,
+    table: StepTable,
+    progress: Callable[[int], object],
+    forward: Callable[..., Any] | None,
+) -> Tensor:
+    """All steps of `table`: float32 (B, C, H, W) in any dtype of `unet`; `forward` is `unet` in another form."""
+    run = make_run(unet, None, request, table, plain=True)
+    return run_eagerly(run, plain_state(run), predict_plain(forward or unet), update_in_pytorch, progress)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ..outputs import BadImagesError
+
 
 class JobError(RuntimeError):
     """A job stopped or could not start; the message says why, what is safe and what to do."""
 
 
-class BadImages(JobError):
-    """Images came out NaN or infinite and `on_bad` is `"stop"`."""
+class BadImages(JobError, BadImagesError):
+    """Images came out NaN or infinite and `on_bad` is `"stop"`; `bad` lists their seeds."""
 
 
 def bad_images(seeds: list[int]) -> BadImages:
@@ -16,5 +18,6 @@ def bad_images(seeds: list[int]) -> BadImages:
     shown = ", ".join(str(seed) for seed in seeds[:5]) + (" …" if len(seeds) > 5 else "")
     return BadImages(
         f"NaN or infinite images for seeds {shown}; try dtype float32 or bfloat16, or pass on_bad 'skip' "
-        "(--on-bad skip) to leave such images out and record them"
+        "(--on-bad skip) to leave such images out and record them",
+        seeds,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..engine import EngineName
 from ..pipeline import DDIMPipeline
 from . import formats
 from .job import Job, fingerprint
@@ -64,7 +65,7 @@ def load_pipeline(
     pipe: Pipeline | str | os.PathLike[str],
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-    engine: str | None,
+    engine: EngineName | None,
 ) -> Pipeline:
     """`pipe` itself, moved if asked to, or the pipeline of that name, loaded where this process should run."""
     if isinstance(dtype, str):
@@ -85,9 +86,7 @@ def load_pipeline(
 
 def engine_of(pipe: Pipeline) -> str:
     """The engine that `pipe` would run with."""
-    from .. import engine
-
-    return engine.choose(pipe)[0] if isinstance(pipe, DDIMPipeline) else str(pipe.engine)
+    return pipe.runner.choose()[0] if isinstance(pipe, DDIMPipeline) else str(pipe.engine)
 
 
 def local_device() -> str:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..engine import EngineName
+
 
 class Network(Protocol):
     """A UNet's config, with `sample_size`, `in_channels` and `out_channels`, and its weights."""
@@ -31,7 +33,7 @@ class Scheduler(Protocol):
 class Pipeline(Protocol):
     """What samples a job's images: `DDIMPipeline`, or anything of this shape."""
 
-    engine: str
+    engine: EngineName
     exact: bool
 
     @property

@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 
-from ..pipeline import ENGINES
+from ..engine import ENGINES, EngineName
+from ..request import check_eta
 from . import formats
 from .grid import DEFAULT_GRID, GRID_IMAGES, is_sheet_name
 from .protocols import Pipeline
@@ -87,8 +88,7 @@ class JobSettings:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {self.batch_size!r}")
-        if not math.isfinite(self.eta) or not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in 0 (DDIM) to 1 (DDPM), got {self.eta}")
+        check_eta(self.eta)
         if self.device is not None:
             _check_device(self.device)
         format = formats.load(self.format)

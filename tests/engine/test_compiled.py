@@ -165,7 +165,7 @@ def test_changed_weights_are_compiled_anew(clock, engine):
     assert backend.graphs == 3
     pipe.compile(disable=True)
     torch.testing.assert_close(edited, draw(pipe), atol=1e-4, rtol=1e-4)
-    assert backend.graphs == 3 and pipe.compile_options is None and not pipe.engine_state.forwards
+    assert backend.graphs == 3 and pipe.compile_options is None and not pipe.runner.snapshot().forwards
 
 
 def test_each_dtype_and_exactness_is_compiled(clock):
@@ -197,7 +197,7 @@ def test_autocast_reaches_the_compiled_modules_of_the_plain_engine(clock):
         images = draw(pipe)
     torch.testing.assert_close(images, expected, atol=0.05, rtol=0.05)
     draw(pipe)
-    assert backend.graphs == len(pipe.engine_state.forwards) == 2
+    assert backend.graphs == len(pipe.runner.snapshot().forwards) == 2
 
 
 def test_a_model_with_an_unknown_block_and_one_with_a_hook_are_compiled_too(clock):
@@ -234,9 +234,9 @@ def test_copies_keep_the_setting_and_compile_for_themselves(clock):
     pipe.compile(backend="eager")
     images = draw(pipe)
     copy = pickle.loads(pickle.dumps(pipe))
-    assert pipe.engine_state.forwards and not copy.engine_state.forwards
+    assert pipe.runner.snapshot().forwards and not copy.runner.snapshot().forwards
     assert copy.compile_options == {"backend": "eager"}
-    assert torch.equal(draw(copy), images) and copy.engine_state.forwards
+    assert torch.equal(draw(copy), images) and copy.runner.snapshot().forwards
 
 
 def test_a_saved_pipeline_is_as_without(clock, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim_fast.engine import choose, look_at
-from ddim_fast.engine.loop import make_run, predict_plain, run_eagerly
+from ddim_fast.engine.loop import initial_state, make_run, predict_plain, run_eagerly, update_by_kernel
+from ddim_fast.engine.snapshot import look_at
 from ddim_fast.once import log_once
+from ddim_fast.request import make_request
 
 SMALL = dict(
     sample_size=8,
@@ -75,9 +76,9 @@ def test_half_precision_costs_the_fused_engine_no_more_than_the_plain_one(digits
 
 def test_the_fused_engine_runs_without_being_asked():
     pipe = make()
-    assert choose(pipe)[0] == "fused" and pipe.engine_state.packed is None
+    assert pipe.runner.choose()[0] == "fused" and pipe.runner.packed is None
     draw(pipe)
-    assert pipe.engine_state.packed is not None
+    assert pipe.runner.packed is not None
 
 
 def test_the_engine_can_be_changed_between_calls():
@@ -120,7 +121,7 @@ def test_exact_turns_the_fast_convolutions_off():
     fast = draw(pipe, steps=1)
     pipe.exact = True
     exact = draw(pipe, steps=1)
-    assert all(layer.conv2.exact for stage in pipe.engine_state.packed.down for layer, _ in stage.layers)
+    assert all(layer.conv2.exact for stage in pipe.runner.packed.down for layer, _ in stage.layers)
     torch.testing.assert_close(fast, exact, atol=1e-4, rtol=1e-4)
 
 
@@ -184,17 +185,19 @@ def test_plain_modules_in_the_engine_s_loop_give_the_plain_engine_s_pictures(con
     generator = torch.Generator().manual_seed(1)
     expected = draw(pipe, seeds=None, latents=start, eta=eta, generator=generator, timesteps=timesteps)
     assert torch.isfinite(expected).all()
-    options = dict(use_clipped_model_output=False, seeds=None, class_labels=None)
+    generator.manual_seed(1)
+    request = make_request(
+        pipe.unet.config, torch.device("cpu"), latents=start, eta=eta, generator=generator, timesteps=timesteps
+    )
     with torch.no_grad():
-        generator.manual_seed(1)
-        run = make_run(pipe.unet, None, pipe.scheduler, start.clone(), eta=eta, generator=generator, **options)
-        images = run_eagerly(run, predict_plain(pipe.unet), lambda steps: None)
+        run = make_run(pipe.unet, None, request, pipe.scheduler.step_table(None, eta, timesteps))
+        images = run_eagerly(run, initial_state(run), predict_plain(pipe.unet), update_by_kernel, lambda steps: None)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_learned_time_embedding_runs_fused():
     pipe = make(**EXOTIC["learned"])
-    assert choose(pipe)[0] == "fused"
+    assert pipe.runner.choose()[0] == "fused"
     fused = draw(pipe)
     pipe.engine = "plain"
     torch.testing.assert_close(fused, draw(pipe), atol=1e-4, rtol=1e-4)
@@ -235,7 +238,7 @@ def test_a_model_that_somebody_altered_runs_as_altered(reason):
     pipe = make()
     before = draw(pipe)
     ALTERATIONS[reason](pipe.unet)
-    name, why = choose(pipe)
+    name, why = pipe.runner.choose()
     assert name == "plain" and reason in why
     after = draw(pipe)
     pipe.engine = "plain"
@@ -250,7 +253,7 @@ def test_two_pipelines_on_one_model_see_each_other_s_edits():
     with torch.no_grad():
         one.unet.mid_block.attentions[0].to_v.weight.mul_(2)
     torch.testing.assert_close(draw(one), draw(two))
-    assert two.engine_state.packed is not one.engine_state.packed
+    assert two.runner.packed is not one.runner.packed
 
 
 def test_a_replaced_weight_cannot_pass_for_the_old_one():
@@ -276,21 +279,21 @@ def test_a_replaced_weight_cannot_pass_for_the_old_one():
 def test_whatever_happens_to_the_weights_is_noticed(change):
     pipe = make()
     draw(pipe)
-    first = pipe.engine_state.packed
+    first = pipe.runner.packed
     draw(pipe)
-    assert pipe.engine_state.packed is first
+    assert pipe.runner.packed is first
     change(pipe.unet)
     draw(pipe)
-    assert pipe.engine_state.packed is not first
+    assert pipe.runner.packed is not first
 
 
 def test_asking_for_gradients_packs_nothing_anew():
     pipe = make()
     draw(pipe)
-    first = pipe.engine_state.packed
+    first = pipe.runner.packed
     pipe.unet.requires_grad_(False)
     draw(pipe)
-    assert pipe.engine_state.packed is first
+    assert pipe.runner.packed is first
 
 
 def test_autocast_is_said_to_change_nothing(caplog):

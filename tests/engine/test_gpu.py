@@ -74,7 +74,7 @@ def test_the_graph_equals_the_eager_loop_bit_for_bit(dtype, eta, noise):
     images = [draw(pipe, batch_size=3, eta=eta, **source()) for pipe in (graph, fused, graph)]
     assert torch.isfinite(images[0]).all()
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
-    assert graph.engine_state.graphs.captures == 1 and graph.engine_state.not_capturable is None
+    assert graph.runner.snapshot().graphs.captures == 1 and graph.runner.not_capturable is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_eta_timesteps_seeds_steps_and_labels_capture_nothing_anew():
         dict(num_inference_steps=250, eta=1.0),
     ):
         draw(pipe, batch_size=2, **{"class_labels": 3, "num_inference_steps": 50, **arguments})
-    assert pipe.engine_state.graphs.captures == 1
+    assert pipe.runner.snapshot().graphs.captures == 1
 
 
 def test_manual_seed_makes_a_run_reproducible():
@@ -214,7 +214,7 @@ def test_threads_may_draw_their_starting_noise_while_another_captures():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and [pipe.engine_state.graphs.captures for pipe in pipes] == [3] * 4
+    assert not errors and [pipe.runner.snapshot().graphs.captures for pipe in pipes] == [3] * 4
 
 
 def test_calls_on_other_streams_wait_for_one_another():
@@ -256,7 +256,7 @@ def test_what_synchronises_in_a_capture_runs_step_by_step(monkeypatch, caplog):
     for _ in range(2):
         assert torch.equal(draw(graph, seeds=[1]), expected)
         assert torch.cuda.current_stream() == stream
-    assert graph.engine_state.not_capturable is not None
+    assert graph.runner.not_capturable is not None
     assert caplog.text.count("a graph cannot hold them") <= 1
     assert torch.isfinite(draw(graph)).all()
 
@@ -285,7 +285,7 @@ def test_one_copy_of_the_convolution_weights_stays():
     pipe = make()
     pipe.unet.requires_grad_(False)
     draw(pipe)
-    packed = pipe.engine_state.packed
+    packed = pipe.runner.packed
     assert packed.conv_in.weight.data_ptr() == pipe.unet.conv_in.weight.data_ptr()
     plain = DDIMPipeline(pipe.unet, pipe.scheduler)
     plain.engine = "plain"

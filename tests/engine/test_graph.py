@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel, pipeline
-from ddim_fast.engine import choose, compiled
+from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim_fast.engine import compiled
 from ddim_fast.engine import graph as graph_module
 from ddim_fast.engine import loop as loop_module
 from ddim_fast.engine.forward import fused_forward
@@ -178,25 +178,13 @@ class HostScheduler(DDIMScheduler):
         with unset_fake_temporarily():
             super().__init__()
 
-    def set_timesteps(self, *args, **kwargs):
-        with unset_fake_temporarily():
-            super().set_timesteps(*args, **kwargs)
-
     def step_table(self, *args, **kwargs):
         with unset_fake_temporarily():
             return super().step_table(*args, **kwargs)
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    checked = pipeline.check_class_labels
-
-    def check_on_the_host(unet, labels, batch_size, device):
-        with unset_fake_temporarily():
-            labels = checked(unet, labels, batch_size, torch.device("cpu"))
-        return None if labels is None else labels.to(device)
-
-    monkeypatch.setattr(pipeline, "check_class_labels", check_on_the_host)
+def fake():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -224,7 +212,7 @@ def run(pipe, steps=6, **arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_whole_call_stays_on_the_device(fake, recorder, dtype):
     pipe = fake_pipeline(dtype)
-    assert choose(pipe)[0] == "graph"
+    assert pipe.runner.choose()[0] == "graph"
     images, operators = run(pipe, batch_size=2, eta=0.5)
     assert images.shape == (2, 3, 8, 8) and images.device.type == "cuda" and images.dtype == torch.float32
     assert not operators.round_trips
@@ -264,10 +252,10 @@ def test_a_generator_draws_the_noise_ahead_in_a_graph_of_its_own(fake, recorder)
 def test_later_replays_allocate_nothing_and_keep_their_addresses(fake, recorder):
     pipe = fake_pipeline()
     run(pipe, batch_size=2, eta=0.4)
-    (captured,) = pipe.engine_state.graphs.graphs.values()
-    before = [tensor.untyped_storage()._cdata for tensor in vars(captured.state).values() if tensor is not None]
+    (captured,) = pipe.runner.snapshot().graphs.graphs.values()
+    before = [tensor.untyped_storage()._cdata for tensor in captured.state.tensors()]
     run(pipe, batch_size=2, eta=0.9)
-    after = [tensor.untyped_storage()._cdata for tensor in vars(captured.state).values() if tensor is not None]
+    after = [tensor.untyped_storage()._cdata for tensor in captured.state.tensors()]
     assert before == after
     assert set(recorder.replay_operators[-1].names) == {"aten.copy_.default"}
 
@@ -276,9 +264,9 @@ def test_static_buffers_lie_outside_the_pool(fake, recorder):
     """What a graph leaves in the shared pool another one overwrites; only what was made before may be kept."""
     pipe = fake_pipeline()
     run(pipe, batch_size=2)
-    (captured,) = pipe.engine_state.graphs.graphs.values()
+    (captured,) = pipe.runner.snapshot().graphs.graphs.values()
     made = recorder.captured_storages[0]
-    kept = [tensor for tensor in vars(captured.state).values() if tensor is not None]
+    kept = captured.state.tensors()
     assert made and not made & {tensor.untyped_storage()._cdata for tensor in kept}
 
 
@@ -372,9 +360,9 @@ def test_a_failed_capture_leaves_the_generator_s_noise_to_the_steps(fake, record
     draws, steps = [], 3
     drawn = loop_module.draw_noise
 
-    def counted(run):
+    def counted(run, dtype):
         draws.append(1)
-        return drawn(run)
+        return drawn(run, dtype)
 
     monkeypatch.setattr(loop_module, "draw_noise", counted)
     monkeypatch.setattr(graph_module, "draw_noise", counted)
@@ -416,7 +404,7 @@ def test_graphs_of_old_shapes_go(fake, recorder, monkeypatch):
     for batch in (1, 2, 1, 3, 1):
         run(pipe, batch_size=batch)
     assert len(recorder.captures) == 3
-    assert len(pipe.engine_state.graphs.graphs) == 2
+    assert len(pipe.runner.snapshot().graphs.graphs) == 2
 
 
 def test_changed_weights_are_packed_and_captured_anew(fake, recorder):
@@ -438,7 +426,7 @@ def test_a_model_with_an_unknown_block_runs_its_modules_in_the_graph(fake, recor
         down_block_types=("SkipDownBlock2D",) * 2,
         up_block_types=("SkipUpBlock2D",) * 2,
     )
-    name, reason = choose(pipe)
+    name, reason = pipe.runner.choose()
     assert name == "graph" and "SkipDownBlock2D" in reason
     run(pipe, batch_size=1)
     assert len(recorder.captures) == 1
@@ -474,7 +462,7 @@ def test_running_out_of_memory_names_a_batch_that_fits(fake, recorder, monkeypat
         torch.cuda.OutOfMemoryError, match="batch_size=64 does not fit the memory of Tested Card; about batch_size=9"
     ):
         run(pipe, batch_size=64)
-    assert not pipe.engine_state.graphs.graphs
+    assert not pipe.runner.snapshot().graphs.graphs
 
 
 @pytest.mark.parametrize("where", ["static_state", "run_step"])
@@ -487,7 +475,7 @@ def test_out_of_memory_anywhere_in_a_capture_lets_go_of_it_all(fake, recorder, m
         big = torch.zeros(5, device="cuda")
         made.append(weakref.ref(big))
         if where == "run_step":
-            made.extend(weakref.ref(tensor) for tensor in vars(arguments[0]).values() if tensor is not None)
+            made.extend(weakref.ref(tensor) for tensor in arguments[0].tensors())
         raise torch.cuda.OutOfMemoryError(f"CUDA out of memory {result is big}")
 
     def describe(run, predict):
@@ -581,4 +569,4 @@ def test_a_deterministic_capture_times_no_algorithms(monkeypatch):
 def test_the_cpu_has_no_graph_and_says_so():
     pipe = DDIMPipeline(UNet2DModel(**SMALL), DDIMScheduler())
     pipe.engine = "graph"
-    assert choose(pipe) == ("fused", "CUDA graphs need a CUDA device")
+    assert pipe.runner.choose() == ("fused", "CUDA graphs need a CUDA device")

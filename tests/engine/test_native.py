@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ddim_fast import DDIMPipeline, UNet2DModel
-from ddim_fast.engine import packed_unet
 from ddim_fast.engine.cpu import calls, native, structures, winograd
 from ddim_fast.engine.cpu.conv import conv3x3, pack_conv3x3, pack_upsample_conv
 from ddim_fast.engine.cpu.linear import PackedLinear, linear
@@ -271,7 +270,7 @@ def test_a_forward_touches_no_fresh_memory():
     """Every page of memory that is new to the process costs a fault: 256 a MiB of activations."""
     resource = pytest.importorskip("resource")
     pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
-    packed = packed_unet(pipe)
+    packed = pipe.runner.packed_unet()
     with torch.inference_mode():
         row = time_table(packed, pipe.unet, torch.tensor([500.0]), None)[0]
         sample = torch.randn(16, 32, 32, 1)

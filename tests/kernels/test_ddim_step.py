@@ -10,13 +10,19 @@ from hypothesis import strategies as st
 from support import TOLERANCE, guarded, guarded_output, guards_intact, relative_l2
 from torch._subclasses import FakeTensorMode
 
-from ddim_fast.kernels.ddim_step import _launch_ddim_step, channels_a_program, ddim_step
+from ddim_fast.kernels.ddim_step import _launch_ddim_step, channels_per_program, ddim_step
 from ddim_fast.kernels.launch import recording
 from ddim_fast.kernels.philox_normal import STEP, philox_normal
+from ddim_fast.kernels.update import COLUMNS, ROW_WIDTH
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def padded(columns):
+    """A table with the first columns given and zeros in the others."""
+    return torch.nn.functional.pad(columns, (0, ROW_WIDTH - columns.shape[1]))
 
 
 def scheduler_and_table(eta=0.5, **config):
@@ -31,8 +37,8 @@ def scheduler_and_table(eta=0.5, **config):
         before = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod.double()
         sigma = eta * scheduler._get_variance(timestep, previous) ** 0.5
         direction = (1 - before - sigma**2) ** 0.5
-        rows.append([now**0.5, (1 - now) ** 0.5, before**0.5, direction, sigma, timestep, index, 0])
-    return scheduler, torch.tensor(rows, dtype=torch.float32)
+        rows.append([now**0.5, (1 - now) ** 0.5, before**0.5, direction, sigma, timestep, index, 0, 0])
+    return scheduler, padded(torch.tensor(rows, dtype=torch.float32))
 
 
 def images(shape, seed=0, dtype=torch.float32, memory_format=torch.contiguous_format):
@@ -124,6 +130,8 @@ def test_any_shape_and_mix_of_memory_orders_within_its_bounds(shape, orders, one
         guarded(drawn) if noise == "tensor" else None,
         guarded(seeds) if noise == "drawn" else None,
         None if values is None else guarded(values),
+        False,
+        None,
         out,
         out_low,
         x0_out,
@@ -190,6 +198,64 @@ def test_a_row_without_noise_reads_none(place):
     assert torch.equal(update(place, table=table, seeds=torch.arange(3)), expected)
 
 
+def second_order_table():
+    """Ten random rows with all the terms of the formula."""
+    table = padded(torch.rand(10, len(COLUMNS), generator=torch.Generator().manual_seed(9)) + 0.3)
+    table[:, COLUMNS.index("index")] = torch.arange(10)
+    return table
+
+
+@pytest.mark.parametrize("orders", [FORMATS[:1] * 3, FORMATS[1:] * 3, (*FORMATS, FORMATS[0])])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_all_terms_are_those_of_the_formula_in_float64(place, prediction_type, orders):
+    table = second_order_table()
+    x, m, before = (images((3, 3, 8, 8), seed, memory_format=order) for seed, order in enumerate(orders))
+    noise = images((3, 3, 8, 8), 3)
+    row = dict(zip(COLUMNS, table[5].double().tolist(), strict=False))
+    alpha, sigma = row["signal_scale"], row["noise_scale"]
+    predicted = {
+        "epsilon": ((x.double() - sigma * m) / alpha, m.double()),
+        "sample": (m.double(), (x - alpha * m.double()) / sigma),
+        "v_prediction": (alpha * x.double() - sigma * m, alpha * m.double() + sigma * x),
+    }
+    x0, direction = predicted[prediction_type]
+    x0 = x0.clamp(-1, 1)
+    expected = row["c_x0"] * x0 + row["c_direction"] * direction + row["c_sample"] * x
+    expected = expected + row["c_previous"] * before + row["c_noise"] * noise
+    kept = before.clone(memory_format=torch.preserve_format).to(place)
+    result, x0_out = update(
+        place,
+        sample=x,
+        model_output=m,
+        table=table,
+        prediction_type=prediction_type,
+        clip_range=1.0,
+        noise=noise,
+        use_sample=True,
+        previous_x0=kept,
+        x0_out=kept,
+        return_x0=True,
+    )
+    assert x0_out is kept
+    assert relative_l2(result, expected) <= TOLERANCE[torch.float32]
+    assert relative_l2(kept, x0) <= TOLERANCE[torch.float32]
+
+
+def test_a_first_step_reads_no_x0_of_the_step_before(place):
+    table = second_order_table()
+    table[:, COLUMNS.index("c_previous")] = 0
+    poison = torch.full((3, 3, 8, 8), float("nan"))
+    expected = update(place, table=table, use_sample=True)
+    assert torch.equal(update(place, table=table, use_sample=True, previous_x0=poison), expected)
+
+
+def test_terms_that_are_not_asked_for_are_not_read(place):
+    _, table = scheduler_and_table()
+    poisoned = table.clone()
+    poisoned[:, COLUMNS.index("c_sample") :] = float("nan")
+    assert torch.equal(update(place, table=poisoned), update(place, table=table))
+
+
 @pytest.mark.parametrize("limit", [{"clip_range": 1.0}, {"threshold": torch.ones(3)}])
 def test_clipping_does_not_hide_a_nan(place, limit):
     model_output = images((3, 3, 8, 8), 1)
@@ -224,9 +290,11 @@ def test_gradients_are_those_of_the_formula(place):
         "model_output": images((3, 3, 8, 8), 1),
         "noise": images((3, 3, 8, 8), 2),
         "model_bias": torch.randn(3),
+        "previous_x0": images((3, 3, 8, 8), 3),
     }
+    table[:, COLUMNS.index("c_sample")], table[:, COLUMNS.index("c_previous")] = 0.7, -0.4
     ours = {name: value.to(place).requires_grad_() for name, value in leaves.items()}
-    prev_sample, x0 = update(place, clip_range=2.0, return_x0=True, **ours)
+    prev_sample, x0 = update(place, table=table, use_sample=True, clip_range=2.0, return_x0=True, **ours)
     ((prev_sample + 0.3 * x0.square()) * weights.to(place)).sum().backward()
 
     theirs = {name: value.detach().double().requires_grad_() for name, value in leaves.items()}
@@ -234,6 +302,7 @@ def test_gradients_are_those_of_the_formula(place):
     m = theirs["model_output"] + theirs["model_bias"][:, None, None]
     x0 = ((theirs["sample"] - c1 * m) / c0).clamp(-2, 2)
     prev_sample = c2 * x0 + c3 * m + sigma * theirs["noise"]
+    prev_sample = prev_sample + 0.7 * theirs["sample"] - 0.4 * theirs["previous_x0"]
     ((prev_sample + 0.3 * x0.square()) * weights).sum().backward()
     for name, value in theirs.items():
         assert relative_l2(ours[name].grad, value.grad, listed=False) <= 5e-6, name
@@ -256,7 +325,7 @@ WRONG = [
     ({"model_output": torch.zeros(3, 4, 8, 8)}, ValueError, "model_output"),
     ({"model_output": torch.zeros(3, 3, 8, 8, device="meta")}, ValueError, "model_output"),
     ({"table": torch.zeros(10, 5)}, ValueError, "table"),
-    ({"table": torch.zeros(10, 8).double()}, TypeError, "table"),
+    ({"table": torch.zeros(10, ROW_WIDTH).double()}, TypeError, "table"),
     ({"step": 10}, ValueError, "step"),
     ({"step": -1}, ValueError, "step"),
     ({"prediction_type": "flow"}, ValueError, "prediction_type"),
@@ -267,6 +336,10 @@ WRONG = [
     ({"noise": torch.zeros(1, 3, 8, 8)}, ValueError, "noise"),
     ({"seeds": torch.arange(2)}, ValueError, "seeds"),
     ({"model_bias": torch.zeros(4)}, ValueError, "model_bias"),
+    ({"previous_x0": torch.zeros(3, 3, 8, 8).half()}, TypeError, "previous_x0"),
+    ({"previous_x0": torch.zeros(3, 3, 8, 4)}, ValueError, "previous_x0"),
+    ({"x0_out": torch.zeros(1, 3, 8, 8).expand(3, 3, 8, 8)}, ValueError, "x0_out"),
+    ({"x0_out": torch.zeros(3, 3, 8, 8), "model_bias": torch.zeros(3, requires_grad=True)}, RuntimeError, "x0_out"),
     ({"out": torch.zeros(3, 3, 8, 8).half()}, TypeError, "out"),
     ({"out_low": torch.zeros(3, 3, 8, 4).half()}, ValueError, "out_low"),
     ({"out": torch.zeros(1, 3, 8, 8).expand(3, 3, 8, 8)}, ValueError, "out"),
@@ -292,9 +365,10 @@ def test_they_are_sound_pytorch_operators(device):
     table, sample, output, noise, bias = (value.to(device) for value in (table, sample, output, noise, bias))
     sample = sample.contiguous(memory_format=torch.channels_last).requires_grad_()
     operators = torch.ops.ddim_fast
-    options = ("epsilon", 1.0, None, True, noise, None, bias.requires_grad_())
+    options = ("epsilon", 1.0, None, True, noise, None, bias.requires_grad_(), False, None)
     torch.library.opcheck(operators.ddim_step, (sample, output, table, 3, *options, True))
     options = ("sample", None, torch.ones(2, device=device), False, None, torch.arange(2, device=device), None)
+    options = (*options, True, torch.zeros_like(sample))
     torch.library.opcheck(operators.ddim_step, (sample, output, table, 3, *options, False))
     sample = sample.detach()
     outputs = torch.empty_like(sample), torch.zeros_like(output), None
@@ -323,15 +397,15 @@ def test_a_cuda_update_touches_no_host_value_and_is_one_launch():
         sample = torch.empty(4, 3, 32, 32, device="cuda")
         low = torch.empty(4, 3, 32, 32, dtype=torch.float16, device="cuda")
         seeds = torch.empty(4, dtype=torch.int64, device="cuda")
-        table = torch.empty(10, 8, device="cuda")
-        options = ("epsilon", 1.0, None, False, None, seeds, None)
+        table = torch.empty(10, ROW_WIDTH, device="cuda")
+        options = ("epsilon", 1.0, None, False, None, seeds, None, False, None)
         _launch_ddim_step(sample, low, table, 3, *options, sample, low, None)
         result = ddim_step(sample, low, table, 3, prediction_type="epsilon", seeds=seeds, out=sample, out_low=low)
     assert len(launches) == 1 and launches[0].grid == (48,) and result is sample
 
 
 def test_channels_that_share_a_program_divide_the_channels():
-    assert [channels_a_program(channels) for channels in (1, 2, 3, 4, 5, 6, 7, 8)] == [1, 2, 3, 4, 1, 3, 1, 4]
+    assert [channels_per_program(channels) for channels in (1, 2, 3, 4, 5, 6, 7, 8)] == [1, 2, 3, 4, 1, 3, 1, 4]
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ def a_step(seeds, table, weight, bias):
 
 
 def arguments(device):
-    table = torch.full((2, 8), 0.5, device=device)
+    table = torch.full((2, 12), 0.5, device=device)
     table[:, 6] = torch.arange(2)
     weight, bias = (torch.randn(8, generator=torch.Generator().manual_seed(seed)).to(device) for seed in range(2))
     return torch.arange(2, device=device), table, weight, bias

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import guarded, guarded_output, guards_intact
 
-from ddim_fast.kernels.to_uint8 import _launch_to_uint8, raise_if_bad, to_uint8
+from ddim_fast.kernels.to_uint8 import _launch_to_uint8, to_uint8
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,7 +53,7 @@ def test_every_half_precision_number_rounds_as_numpy_to_pil(place, dtype):
     sample = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     sample = sample[~sample.isnan()].view(1, 1, -1, 2)
     images, bad = to_uint8(sample.to(place))
-    assert torch.equal(images.cpu(), pil_bytes(sample)) and not bad.any()
+    assert torch.equal(images.cpu(), pil_bytes(sample)) and bad.any() == sample.isinf().any()
 
 
 @settings(max_examples=15, deadline=None)
@@ -87,18 +87,17 @@ def test_a_slice_of_a_larger_batch_needs_no_copy(place):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_image_with_a_nan_is_flagged_and_no_other(place, dtype, channels_last):
+def test_an_image_with_a_nan_or_an_infinity_is_flagged_and_no_other(place, dtype, channels_last):
     sample = torch.randn(4, 3, 40, 40).to(place, dtype)
-    sample[0, 0, 0, 0], sample[0, 1, 1, 1] = float("inf"), float("-inf")
-    sample[1, 2, 39, 39] = sample[3, 0, 0, 0] = float("nan")
+    sample[0, 0, 0, 0], sample[0, 1, 1, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    sample[1, 2, 39, 39] = float("nan")
+    sample[3, 0, 0, 0], sample[2, 1, 39, 2] = float("inf"), float("-inf")
     if channels_last:
         sample = sample.contiguous(memory_format=torch.channels_last)
     images, bad = to_uint8(sample)
-    assert bad.tolist() == [0, 1, 0, 1]
+    assert bad.tolist() == [0, 1, 1, 1]
     assert images[0, 0, 0, 0] == 255 and images[0, 1, 1, 1] == 0 and images[1, 39, 39, 2] == 0
-    with pytest.raises(ValueError, match=r"NaN in the images \[1, 3\]"):
-        raise_if_bad(bad)
-    raise_if_bad(bad[::2])
+    assert images[3, 0, 0, 0] == 255 and images[2, 39, 2, 1] == 0
 
 
 def test_an_image_beyond_two_to_the_31_elements_away_is_found(tmp_path, device):

@@ -40,7 +40,7 @@ def test_both_together_are_diffusers_dynamic_thresholding(device, prediction_typ
     scheduler = DDIMScheduler(prediction_type=prediction_type, **config)
     scheduler.set_timesteps(10)
     now, before = scheduler.alphas_cumprod[100].item(), scheduler.alphas_cumprod[0].item()
-    rows = [[now**0.5, (1 - now) ** 0.5, before**0.5, (1 - before) ** 0.5, 0, 100, 8, 0]]
+    rows = [[now**0.5, (1 - now) ** 0.5, before**0.5, (1 - before) ** 0.5, 0, 100, 8, 0, 0, 0, 0, 0]]
     table = torch.tensor(rows, device=device)
     x, m = (torch.randn(3, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     strength = torch.tensor([0.2, 0.7, 2.0]).view(3, 1, 1, 1)
@@ -61,13 +61,13 @@ def test_both_together_are_diffusers_dynamic_thresholding(device, prediction_typ
 def test_wrong_options_are_named(option, value):
     image = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match=f"`{option}`"):
-        x0_quantile(image, image, torch.ones(1, 8), 0, prediction_type="epsilon", **{option: value})
+        x0_quantile(image, image, torch.ones(1, 12), 0, prediction_type="epsilon", **{option: value})
 
 
 @pytest.mark.gpu
 def test_a_captured_graph_replays_it_with_other_images(device):
     x, m = torch.randn(2, 2, 3, 64, 64, device=device)
-    table = torch.full((1, 8), 0.6, device=device)
+    table = torch.full((1, 12), 0.6, device=device)
     x0_quantile(x, m, table, 0, prediction_type="epsilon", max_value=9.0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,0 +1,108 @@
+"""Schedulers with a step of their own: the loop calls it, over the engine's network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..noise import step_noise
+from ..request import Request
+from .forward import fused_forward, time_table
+from .layout import nchw
+from .loop import call_unet, start
+from .pack import PackedUNet
+from .uploads import upload
+
+
+class Scheduler(Protocol):
+    """What the loop needs of a scheduler, as diffusers' have it."""
+
+    timesteps: Any
+
+    @property
+    def set_timesteps(self) -> Callable[..., Any]: ...
+
+    @property
+    def step(self) -> Callable[..., Any]: ...
+
+
+# The model's output, float32, for a sample in the model's dtype and the scheduler's timestep.
+Forward = Callable[[Tensor, Any], Tensor]
+
+
+def set_schedule(scheduler: Scheduler, request: Request) -> None:
+    """Let `scheduler` choose its timesteps as the request says."""
+    if request.timesteps is None:
+        scheduler.set_timesteps(request.num_inference_steps)
+    else:
+        scheduler.set_timesteps(timesteps=list(request.timesteps))
+
+
+def run_own_step(
+    unet: Any, packed: PackedUNet | None, request: Request, scheduler: Scheduler, progress: Callable[[int], object]
+) -> Tensor:
+    """All steps of `scheduler`, whose `set_timesteps` has been called, with its own `step`: float32 (B, C, H, W).
+
+    Raises:
+        ValueError: `step` has no argument for something that the request asks for.
+    """
+    options = step_options(scheduler, request)
+    seeds, sample = start(request, unet.dtype)
+    labels = None if request.labels is None else upload(request.labels, request.device)
+    forward = plain_forward(unet, labels) if packed is None else packed_forward(unet, packed, labels)
+    scale = getattr(scheduler, "scale_model_input", None)
+    sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
+    for index, timestep in enumerate(scheduler.timesteps):
+        scaled = sample if scale is None else scale(sample, timestep)
+        output = forward(scaled.to(unet.dtype), timestep)
+        if seeds is not None and request.eta > 0:
+            options["variance_noise"] = step_noise(seeds, index, request.shape)
+        sample = scheduler.step(output, timestep, sample, **options).prev_sample
+        progress(1)
+    return sample.float()
+
+
+def step_options(scheduler: Scheduler, request: Request) -> dict[str, Any]:
+    """The arguments of `step` that the request decides, of those that it takes."""
+    parameters = inspect.signature(scheduler.step).parameters
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    wanted = {
+        "eta": request.eta,
+        "use_clipped_model_output": request.use_clipped_model_output,
+        "generator": request.generator,
+    }
+    needed = {name for name, value in wanted.items() if value and name != "generator"}
+    if request.seeds is not None and request.eta > 0:
+        needed.add("variance_noise")
+    missing = [] if takes_all else sorted(needed - parameters.keys())
+    if missing:
+        raise ValueError(
+            f"{type(scheduler).__name__}.step takes no {' and no '.join(missing)}, which this call asks for; "
+            "leave it out, or use a DDIMScheduler"
+        )
+    return {name: value for name, value in wanted.items() if takes_all or name in parameters}
+
+
+def plain_forward(unet: Any, labels: Tensor | None) -> Forward:
+    """The readable modules."""
+    return lambda sample, timestep: call_unet(unet, sample, timestep, labels).float()
+
+
+def packed_forward(unet: Any, packed: PackedUNet, labels: Tensor | None) -> Forward:
+    """The fused forward, with the time table of one step."""
+    evaluate = partial(fused_forward, packed)
+
+    def forward(sample: Tensor, timestep: Any) -> Tensor:
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(1)
+        if unet.config.time_embedding_type != "learned":
+            timesteps = timesteps.float()
+        row = time_table(packed, unet, timesteps, labels)[0]
+        output = nchw(evaluate(sample.permute(0, 2, 3, 1).contiguous(), row))
+        return (output.float() + packed.conv_out.bias[:, None, None]).contiguous()
+
+    return forward
