@@ -66,7 +66,8 @@ def make_request(
         ValueError, TypeError: an argument is wrong; the message names it, its value and what would be right.
     """
     if batch_size is None:
-        batch_size = next((len(each) for each in (seeds, latents, generator, class_labels) if _is_list(each)), 1)
+        lists: tuple[Any, ...] = (seeds, latents, generator, class_labels)
+        batch_size = next((len(each) for each in lists if _is_list(each)), 1)
     batch_size = check_count("batch_size", batch_size)
     shape = (batch_size, int(config["in_channels"]), *image_size(config))
     check_generator(generator, batch_size, device)

@@ -508,4 +508,4 @@ def ddim_step(
     result = torch.empty_like(sample) if out is None else out
     x0 = torch.empty_like(sample) if return_x0 and x0_out is None else x0_out
     torch.ops.ddim_fast.ddim_step_out(sample, model_output, table, step, *options, *terms, result, out_low, x0)
-    return (result, x0) if return_x0 else result
+    return (result, x0) if return_x0 and x0 is not None else result
