@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,7 +65,7 @@ def load_pipeline(
     pipe: Pipeline | str | os.PathLike[str],
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-    engine: EngineName | None,
+    engine: str | None,
 ) -> Pipeline:
     """`pipe` itself, moved if asked to, or the pipeline of that name, loaded where this process should run."""
     if isinstance(dtype, str):
@@ -80,7 +80,8 @@ def load_pipeline(
     elif device is not None or dtype is not None:
         pipe.to(**{key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None})
     if engine is not None:
-        pipe.engine = engine
+        # The pipeline checks it.
+        pipe.engine = cast(EngineName, engine)
     return pipe
 
 

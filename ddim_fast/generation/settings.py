@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 
-from ..engine import ENGINES, EngineName
+from ..engine import ENGINES
 from ..request import check_eta
 from . import formats
 from .grid import DEFAULT_GRID, GRID_IMAGES, is_sheet_name

@@ -62,7 +62,8 @@ class FakePipeline:
         most: int | None = None,
     ):
         self.unet, self.scheduler = FakeUNet(size, channels, classes), FakeScheduler()
-        self.engine, self.exact = "plain", False
+        self.engine: EngineName = "plain"
+        self.exact = False
         self.bad, self.most = set(bad), most
         self.calls: list[list[int]] = []
 
