@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddim_fast.engine import EngineName
 from ddim_fast.generation import Report, generate
 from ddim_fast.generation.cluster import ChunkWorker
 from ddim_fast.generation.job_file import read_job

@@ -253,7 +253,7 @@ def test_a_small_png_job_gets_a_contact_sheet_and_a_large_one_keeps_its_folder_c
         ({"batch_size": 0}, "batch_size must be"),
         ({"batch_size": "big"}, "'auto'"),
         ({"chunk_size": -1}, "chunk_size must be"),
-        ({"eta": 2.0}, "eta must lie in 0"),
+        ({"eta": float("nan")}, "eta must be a finite number, 0 .DDIM. to 1 .DDPM.; got nan"),
         ({"format": "jpg"}, "format must be one of png, npz, webdataset, parquet"),
         ({"format": "npz", "subdirs": True}, "subdirs"),
         ({"on_bad": "ignore"}, "on_bad must be"),
