@@ -113,7 +113,7 @@ class Engine:
         return "fused", f"the model runs fused on {device.type}"
 
     def _unfusable(self, device: torch.device) -> str | None:
-        """Why the plain modules run in place of packed weights and fused kernels; None where nothing stands against."""
+        """Why the plain modules must run in place of packed weights and fused kernels; None if they need not."""
         from ..kernels.launch import triton_missing
         from .pack import unsupported
 
