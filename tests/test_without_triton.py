@@ -152,14 +152,14 @@ def test_asking_for_the_interpreter_is_answered(without_triton):
 ON_CUDA = """
 import json, torch
 from torch._subclasses import FakeTensorMode
-from ddim_fast import DDIMPipeline, engine
+from ddim_fast import DDIMPipeline
 from ddim_fast.kernels.launch import use_triton
 
 pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
-type(pipe)._execution_device = property(lambda self: torch.device("cuda"))
+card = torch.device("cuda")
 with FakeTensorMode():
     kernels = use_triton(torch.empty(1, device="cuda"))
-print(json.dumps([*engine.choose(pipe), engine.packed_unet(pipe) is None, kernels]))
+print(json.dumps([*pipe.runner.choose(card), pipe.runner.packed_unet(card) is None, kernels]))
 """
 
 

@@ -224,6 +224,6 @@ class Engine:
                 snapshot.weights = look_at_all(self.unet)
             return snapshot, snapshot.packed
 
-    def packed_unet(self) -> PackedUNet | None:
-        """The packed weights, packed anew if the weights have changed; None for a model that stays plain."""
-        return self._packed(self.device)[1]
+    def packed_unet(self, device: torch.device | None = None) -> PackedUNet | None:
+        """The packed weights, packed anew if they have changed; None for a model that stays plain on `device`."""
+        return self._packed(device or self.device)[1]
