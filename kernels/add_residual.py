@@ -253,6 +253,12 @@ def add_residual(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or layout; the message names the argument.
+
+    Example:
+        >>> x, residual = torch.ones(2, 4, 4, 8), torch.ones(2, 4, 4, 8)
+        >>> out, _ = add_residual(x, residual, bias=torch.full((8,), 2.0), output_scale_factor=2.0)
+        >>> out.shape, out.unique().tolist()
+        (torch.Size([2, 4, 4, 8]), [2.0])
     """
     check_activation("x", x)
     if residual is not None:

@@ -311,6 +311,11 @@ def attention(qkv: torch.Tensor, heads: int, *, scale: float | None = None) -> t
     Raises:
         TypeError: qkv is no tensor of one of these dtypes.
         ValueError: a shape, stride or number that does not fit; the message names it.
+
+    Example:
+        >>> qkv = torch.randn(2, 64, 3 * 4 * 16)  # 8x8 pixels, 4 heads of 16 channels
+        >>> attention(qkv, heads=4).shape
+        torch.Size([2, 64, 64])
     """
     if qkv.dtype not in _DTYPES:
         raise TypeError(f"qkv has dtype {qkv.dtype}; attention takes float16, bfloat16 or float32: convert it")

@@ -473,6 +473,11 @@ def group_norm(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or layout; the message names the argument.
+
+    Example:
+        >>> x, skip = torch.randn(2, 8, 8, 16), torch.randn(2, 8, 8, 16)
+        >>> group_norm(x, torch.ones(32), torch.zeros(32), 8, 1e-5, x2=skip, silu=True).shape
+        torch.Size([2, 8, 8, 32])
     """
     check_activation("x", x)
     if x2 is not None:

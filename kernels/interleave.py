@@ -176,6 +176,11 @@ def interleave(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or layout; the message names the argument.
+
+    Example:
+        >>> image, _ = interleave(torch.randn(2, 5, 5, 4 * 8))
+        >>> image.shape
+        torch.Size([2, 8, 8, 8])
     """
     check_activation("x", x)
     if x.dim() != 4 or x.shape[1] < 2 or x.shape[2] < 2 or x.shape[3] % 4:

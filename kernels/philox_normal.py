@@ -218,6 +218,12 @@ def philox_normal(seeds: torch.Tensor, step: int, shape: Sequence[int], *, purpo
     Raises:
         TypeError: `seeds` is not int64.
         ValueError: a shape, step or purpose is out of range.
+
+    Example:
+        >>> pair = philox_normal(torch.tensor([3, 17]), 0, (2, 3, 8, 8))
+        >>> alone = philox_normal(torch.tensor([17]), 0, (1, 3, 8, 8))
+        >>> torch.equal(pair[1:], alone)
+        True
     """
     shape = tuple(shape)
     if not shape:

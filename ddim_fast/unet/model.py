@@ -68,6 +68,13 @@ class UNet2DModel(nn.Module, Configured):
         num_train_timesteps: number of rows of the learned time embedding.
 
     Raises `ValueError`, naming the argument, for a value that no network can be built from.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=32, block_out_channels=(32, 64), norm_num_groups=8,
+        ...                    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        ...                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+        >>> unet(torch.randn(4, 3, 32, 32), timestep=10).sample.shape
+        torch.Size([4, 3, 32, 32])
     """
 
     @register_to_config
@@ -201,6 +208,11 @@ class UNet2DModel(nn.Module, Configured):
             return_dict: give a `UNet2DOutput`, or a tuple of the prediction.
 
         Raises `ValueError` for a sample or a timestep of another shape, and for labels that are missing or not wanted.
+
+        Example:
+            >>> unet = UNet2DModel.from_pretrained("ddim-fast/digits", subfolder="unet")
+            >>> unet(torch.randn(2, 1, 32, 32), torch.tensor([10, 500])).sample.shape
+            torch.Size([2, 1, 32, 32])
         """
         self.check_sample(sample)
         if self.config.center_input_sample:
@@ -330,6 +342,11 @@ class UNet2DModel(nn.Module, Configured):
 
         Raises what `ddim_fast.checkpoints.read_unet` raises, `ValueError` for weights that are not the network's, and
         `TypeError` for an unknown option.
+
+        Example:
+            >>> unet = UNet2DModel.from_pretrained("ddim-fast/digits", subfolder="unet")
+            >>> unet.config.sample_size
+            32
         """
         target = check_target(torch_dtype, device)
         for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
