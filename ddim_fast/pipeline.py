@@ -43,6 +43,11 @@ class DDIMPipeline(PipelineMethods):
     CPU, plain for a model with a block the fused engine does not know. `pipe.exact = True` keeps the CPU's
     convolutions to the direct algorithm: slower, with rounding errors a few times smaller. `pipe.compile()` lets
     torch.compile try to make the forward faster still.
+
+    Example:
+        >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+        >>> pipe(batch_size=2, num_inference_steps=5).images[0].size
+        (32, 32)
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
@@ -86,6 +91,12 @@ class DDIMPipeline(PipelineMethods):
         Raises:
             ValueError, TypeError: an argument is wrong; nothing has been computed.
             BadImagesError: an image is NaN or infinite ("pil" and "uint8", which could not show it).
+
+        Example:
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> images = pipe(num_inference_steps=5, seeds=[3, 17], output_type="np").images
+            >>> images.shape, bool(0 <= images.min() and images.max() <= 1)
+            ((2, 32, 32, 1), True)
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")

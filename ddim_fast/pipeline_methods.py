@@ -162,6 +162,12 @@ class PipelineMethods:
         Options: `torch_dtype`, `device`, `variant`, `revision`, `cache_dir`, `token`, `local_files_only`,
         `force_download`, `subfolder`, `use_safetensors`, and `unet=` or `scheduler=` to use in place of the stored
         one. Nothing that a file names is imported or run.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits", torch_dtype=torch.bfloat16)
+            >>> pipe.dtype
+            torch.bfloat16
         """
         given = {name: options.pop(name) for name in ("unet", "scheduler") if name in options}
         for name in sorted(HARMLESS_OPTIONS & options.keys()):
@@ -193,7 +199,14 @@ class PipelineMethods:
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Write the pipeline as diffusers writes it, whole or not at all."""
+        """Write the pipeline as diffusers writes it, whole or not at all.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> DDIMPipeline.from_pretrained("ddim-fast/digits").save_pretrained("my-digits")
+            >>> DDIMPipeline.from_pretrained("my-digits").unet.config.sample_size
+            32
+        """
         sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         checkpoints.save_pipeline(
             self.unet, self.scheduler, save_directory, safe_serialization=safe_serialization, variant=variant, **sizes
@@ -215,6 +228,13 @@ class PipelineMethods:
         """A pipeline around the parts of `pipeline` (ours or diffusers'), without copying weights.
 
         `unet=` and `scheduler=` replace a part, `torch_dtype=` converts (in place, as diffusers does).
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline, DDIMScheduler
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> other = DDIMPipeline.from_pipe(pipe, scheduler=DDIMScheduler(timestep_spacing="trailing"))
+            >>> other.unet is pipe.unet
+            True
         """
         dtype = options.pop("torch_dtype", None)
         parts = {name: options.pop(name, None) or getattr(pipeline, name) for name in ("unet", "scheduler")}
@@ -229,7 +249,13 @@ class PipelineMethods:
     # Devices
 
     def to(self: P, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> P:
-        """Move to a device, a dtype, or both: `to("cuda")`, `to(torch.float16)`, `to(device=..., dtype=...)`."""
+        """Move to a device, a dtype, or both: `to("cuda")`, `to(torch.float16)`, `to(device=..., dtype=...)`.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> DDIMPipeline.from_pretrained("ddim-fast/digits").to("cpu", torch.float32).device
+            device(type='cpu')
+        """
         if "torch_device" in kwargs:
             kwargs["device"] = kwargs.pop("torch_device")
         if "torch_dtype" in kwargs:
@@ -302,6 +328,11 @@ class PipelineMethods:
         to run within the bound of "the same pictures", and jobs, which promise the same bytes, leave it out.
         `compile(disable=True)` ends it. Raises ValueError for options that torch.compile refuses, or with which it
         captures CUDA graphs of its own.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> pipe.compile(mode="max-autotune-no-cudagraphs")  # the next call of each shape compiles and times
         """
         from .engine.compiled import check_options
 

@@ -69,6 +69,11 @@ class DDIMScheduler(Configured):
 
     Raises:
         ValueError, NotImplementedError (beta_schedule): an argument is not one of those above.
+
+    Example:
+        >>> scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+        >>> scheduler.config.num_train_timesteps
+        1000
     """
 
     order = 1
@@ -126,6 +131,11 @@ class DDIMScheduler(Configured):
         As in diffusers, entries that only hold the defaults of the class that wrote them give way to DDIM's, and
         entries that DDIM has no use for, such as DDPM's `variance_type`, stay in the config. Entries that no such
         scheduler has are kept too, and named in a warning once.
+
+        Example:
+            >>> scheduler = DDIMScheduler.from_config(DDIMScheduler().config, timestep_spacing="trailing")
+            >>> scheduler.config.timestep_spacing
+            'trailing'
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a mapping such as `scheduler.config`, got {type(config).__name__}")
@@ -158,6 +168,10 @@ class DDIMScheduler(Configured):
 
         The options are those of `ddim_fast.checkpoints.Lookup`; `config_entries` replace entries of the stored config.
         Raises what `ddim_fast.checkpoints.read_scheduler` raises, and `TypeError` for an unknown option.
+
+        Example:
+            >>> DDIMScheduler.from_pretrained("ddim-fast/digits", subfolder="scheduler").config.beta_schedule
+            'linear'
         """
         for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
             config_entries.pop(name)
@@ -206,6 +220,12 @@ class DDIMScheduler(Configured):
 
         Raises:
             ValueError, TypeError: neither is given, or one is not as above.
+
+        Example:
+            >>> scheduler = DDIMScheduler()
+            >>> scheduler.set_timesteps(4)
+            >>> scheduler.timesteps.tolist()
+            [750, 500, 250, 0]
         """
         entries, uneven = self._schedule(num_inference_steps, timesteps)
         self.num_inference_steps = len(entries)
@@ -356,6 +376,13 @@ class DDIMScheduler(Configured):
         Raises:
             ValueError: `set_timesteps` was not called, `timestep` is outside the schedule, `model_output` has another
                 shape than `sample`, `eta` is not finite, or both `generator` and `variance_noise` are given.
+
+        Example:
+            >>> scheduler = DDIMScheduler()
+            >>> scheduler.set_timesteps(50)
+            >>> sample, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+            >>> scheduler.step(noise, 980, sample).prev_sample.shape
+            torch.Size([2, 3, 8, 8])
         """
         from .kernels.update import limit_x0, next_sample, predict_x0_and_direction
 
@@ -406,7 +433,13 @@ class DDIMScheduler(Configured):
         return sample
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(ᾱ_t) x₀ + sqrt(1 - ᾱ_t) ε, with one timestep an image: `timesteps` is an integer tensor (B,)."""
+        """x_t = sqrt(ᾱ_t) x₀ + sqrt(1 - ᾱ_t) ε, with one timestep an image: `timesteps` is an integer tensor (B,).
+
+        Example:
+            >>> clean, noise = torch.zeros(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+            >>> DDIMScheduler().add_noise(clean, noise, torch.tensor([10, 500])).shape
+            torch.Size([2, 3, 8, 8])
+        """
         sqrt_prod, sqrt_rest = self._signal_and_noise(original_samples, timesteps)
         return sqrt_prod * original_samples + sqrt_rest * noise
 

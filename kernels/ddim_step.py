@@ -465,6 +465,13 @@ def ddim_step(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device, memory order or value.
         RuntimeError: `out`, `out_low` or `x0_out` together with an input that requires a gradient.
+
+    Example:
+        >>> from ddim_fast import DDIMScheduler
+        >>> table = DDIMScheduler().step_table(50, eta=0.0)
+        >>> sample, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+        >>> ddim_step(sample, noise, table.values, 0, prediction_type="epsilon", clip_range=1.0).shape
+        torch.Size([2, 3, 8, 8])
     """
     check_update(sample, model_output, table, step, prediction_type)
     batch, channels = sample.shape[:2]

@@ -129,6 +129,11 @@ def to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises:
         ValueError, TypeError: `sample` has the wrong shape, dtype or memory order.
+
+    Example:
+        >>> images, bad = to_uint8(torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2))
+        >>> images.flatten().tolist(), bad.tolist()
+        ([0, 128, 255, 255], [0])
     """
     check_images("sample", sample, FLOATS)
     return torch.ops.ddim_fast.to_uint8(sample)

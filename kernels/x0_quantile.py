@@ -54,6 +54,13 @@ def x0_quantile(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device, memory order or value.
+
+    Example:
+        >>> from ddim_fast import DDIMScheduler
+        >>> table = DDIMScheduler().step_table(50, eta=0.0)
+        >>> sample, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+        >>> x0_quantile(sample, noise, table.values, 0, prediction_type="epsilon", max_value=2.0).shape
+        torch.Size([2])
     """
     check_update(sample, model_output, table, step, prediction_type)
     if not 0 <= ratio <= 1:

@@ -40,6 +40,11 @@ def generate(settings: JobSettings) -> Report:
     The arguments are those of `JobSettings`. Returns a `Report`. Raises `ValueError` for an argument that is wrong,
     including settings other than those of the job in `out`, and `JobError` if the job has to stop; finished chunks are
     safe then, and the same call goes on.
+
+    Example:
+        >>> report = generate("ddim-fast/digits", "0-3", "run", num_inference_steps=5, progress=False)
+        >>> report.done, report.complete
+        (4, True)
     """
     index, count, _ = shard_of(settings)
     seeds = as_seeds(settings.seeds)
