@@ -11,7 +11,17 @@ plots = ["matplotlib"]
 ray = ["ray[data]"]
 s3 = ["s3fs"]
 test = [
-    *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "clang-format"),
+    *(
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "scipy",
+        "ruff",
+        "mypy",
+        "import-linter",
+        "clang-format",
+    ),
     *(*peers, *webdataset, *parquet, *plots, *ray, *s3, "datasets", "moto[server]"),
 ]
 

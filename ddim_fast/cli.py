@@ -127,6 +127,7 @@ def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
     """What a model is, and how it would run."""
     import torch
 
+    from .devices import pick_device
     from .pipeline import DDIMPipeline
     from .request import image_size
 
@@ -157,25 +158,6 @@ def config_schedule(pipe: Any) -> str:
     """The noise schedule in a few words."""
     config = pipe.scheduler.config
     return f"{config.beta_schedule}, {config.num_train_timesteps} training steps, predicts {config.prediction_type}"
-
-
-def pick_device(name: str) -> Any:
-    """The device that `--device` means. Raises `click.BadParameter` for one that is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise click.BadParameter(
-            f"{name!r} is no device; use auto, cpu, cuda or cuda:N", param_hint="--device"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise click.BadParameter(
-            f"{name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu", param_hint="--device"
-        )
-    return device
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -57,7 +57,7 @@ def bench(
     """
     import torch
 
-    from ..cli import pick_device
+    from ..devices import pick_device
     from .contenders import ENGINES, PEERS
     from .measuring import measure
     from .models import write_model

@@ -116,8 +116,3 @@ def chunk_key(job: Job, chunk: Chunk) -> str:
     for values in (chunk.seeds, chunk.labels):
         digest.update(b"none" if values is None else np.asarray(values, np.int64).tobytes())
     return digest.hexdigest()
-
-
-def chunk_digest(files: list[bytes]) -> str:
-    """SHA-256 over the SHA-256 of each file of a chunk."""
-    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files)).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -103,3 +104,8 @@ def _finished(text: bytes | None) -> ChunkRecord | None:
         return parse_state(text or b"", ChunkRecord, "")
     except DamagedState:
         return None
+
+
+def chunk_digest(files: list[bytes]) -> str:
+    """SHA-256 over the SHA-256 of each file of a chunk."""
+    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files)).hexdigest()

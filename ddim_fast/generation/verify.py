@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from .ahead import ahead
 from .grid import is_sheet_name
-from .job import Job, chunk_digest
+from .job import Job
 from .job_file import find_job, mend, read_job
 from .records import (
     Records,
+    chunk_digest,
     damaged_records,
     drop_records,
     finish_record,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import bad_images
-from .job import Chunk, Job, chunk_digest, chunk_key
-from .records import begun_text, record_name
+from .job import Chunk, Job, chunk_key
+from .records import begun_text, chunk_digest, record_name
 from .state import ChunkRecord, state_text
 from .store import Store
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..ahead import ahead
 from ..errors import JobError
-from ..records import images_of_begun
+from ..records import chunk_digest, images_of_begun
 from ..store import digest_of
 
 if TYPE_CHECKING:
@@ -101,8 +101,6 @@ def finish(job: Job, store: Store, finished: Records) -> dict[str, str]:
 
 def _take(job: Job, store: Store, index: int, finished: Records) -> tuple[bytes, list[int]]:
     """The pixels of a chunk, which are as they were written, and its labels."""
-    from ..job import chunk_digest
-
     chunk, bad = job.chunk(index), set(finished[index]["bad"])
     kept = [at for at, seed in enumerate(chunk.seeds) if seed not in bad]
     try:
