@@ -19,6 +19,7 @@ test = [
         "scipy",
         "ruff",
         "mypy",
+        "types-PyYAML",
         "import-linter",
         "clang-format",
     ),
@@ -65,6 +66,7 @@ setup(
         "fsspec",
         "tqdm",
         "click",
+        "pyyaml",
     ],
     extras_require={
         "ray": ray,

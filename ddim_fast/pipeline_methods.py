@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable
@@ -161,7 +162,10 @@ class PipelineMethods:
 
         Options: `torch_dtype`, `device`, `variant`, `revision`, `cache_dir`, `token`, `local_files_only`,
         `force_download`, `subfolder`, `use_safetensors`, and `unet=` or `scheduler=` to use in place of the stored
-        one. Nothing that a file names is imported or run.
+        one. Entries of the scheduler's config, such as `beta_end`, win over the stored ones. For a checkpoint file of
+        the original DDIM repository, guided-diffusion or improved-diffusion, what its tensors do not show is said by
+        `config`, `flags`, `repository`, `size`, `out_channels` and `null_label`, as in
+        `ddim_fast.checkpoints.Training`. Nothing that a file names is imported or run.
 
         Example:
             >>> from ddim_fast import DDIMPipeline
@@ -175,14 +179,21 @@ class PipelineMethods:
             log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
         if given.keys() == {"unet", "scheduler"}:
             raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
+        training = checkpoints.Training.taken_from(options, inspect.signature(DDIMScheduler).parameters)
+        if "scheduler" in given and training.scheduler:
+            raise ValueError(f"scheduler is given, and {', '.join(training.scheduler)} with it; pass only one of them")
         dtype, device = check_target(options.pop("torch_dtype", None), options.pop("device", None))
         unet = given.get("unet")
         if unet is not None:
             scheduler = DDIMScheduler.from_stored(
-                checkpoints.read_scheduler(pretrained_model_name_or_path, checkpoints.Lookup(**options))
+                checkpoints.read_scheduler(
+                    pretrained_model_name_or_path, checkpoints.Lookup(**options, training=training)
+                )
             )
         else:
-            stored = checkpoints.read_pipeline(pretrained_model_name_or_path, checkpoints.Lookup(**options))
+            stored = checkpoints.read_pipeline(
+                pretrained_model_name_or_path, checkpoints.Lookup(**options, training=training)
+            )
             unet = build_unet(UNet2DModel, stored.unet, dtype=dtype, device=device)
             scheduler = DDIMScheduler.from_stored(stored.scheduler)
         parts: dict[str, Any] = {"unet": unet, "scheduler": given.get("scheduler", scheduler)}

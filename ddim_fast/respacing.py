@@ -8,8 +8,8 @@ def respaced_timesteps(respacing: str, count: int) -> list[int]:
 
     "ddim25" is 0, s, 2s, … below `count`, with the smallest whole stride s that gives 25 of them; "25" is 25 timesteps
     from the first to the last, evenly spaced and rounded; "10,20,30" splits the timesteps into equal sections and
-    spaces each so by itself; "" is all of them. Where a fraction is just halfway, the sum of strides decides as floating
-    point has it there, so that the timesteps are theirs to the last one (arXiv:2102.09672, section 4).
+    spaces each so by itself; "" is all of them (arXiv:2102.09672, section 4). Strides are summed up in floating point
+    as they do, which decides halves.
 
     Raises `ValueError` if `respacing` is none of these, or if there are no such timesteps.
 
@@ -23,14 +23,13 @@ def respaced_timesteps(respacing: str, count: int) -> list[int]:
         return list(range(count - 1, -1, -1))
     if text.startswith("ddim"):
         (wanted,) = _numbers(text.removeprefix("ddim"), respacing, only_one=True)
-        strides = (stride for stride in range(1, count) if -(-count // stride) == wanted)
-        stride = next(strides, None)
-        if stride is None:
+        strides = [stride for stride in range(1, count) if -(-count // stride) == wanted]
+        if not strides:
             raise ValueError(
-                f"timesteps={respacing!r}: no whole stride takes {wanted} of {count} timesteps; take another number, or "
-                f"{str(wanted)!r} for evenly spaced ones"
+                f"timesteps={respacing!r}: no whole stride takes {wanted} of {count} timesteps; take another number, "
+                f"or {str(wanted)!r} for evenly spaced ones"
             )
-        return list(range(0, count, stride))[::-1]
+        return list(range(0, count, strides[0]))[::-1]
     sections = _numbers(text, respacing)
     timesteps: list[int] = []
     start = 0
@@ -49,9 +48,10 @@ def respaced_timesteps(respacing: str, count: int) -> list[int]:
 
 def _numbers(text: str, respacing: str, only_one: bool = False) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or (only_one and len(parts) > 1) or not any(map(int, parts)):
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if len(numbers) < len(parts) or not any(numbers) or (only_one and len(parts) > 1):
         raise ValueError(
-            f"timesteps={respacing!r} must be a list of integers, or as --timestep_respacing has it: 'ddim25', '25' or "
-            "'10,20,30'"
+            f"timesteps={respacing!r} must be a list of integers, or as --timestep_respacing has it: 'ddim25', '25' "
+            "or '10,20,30'"
         )
-    return [int(part) for part in parts]
+    return numbers

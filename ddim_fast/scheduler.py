@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 import torch
 
-from .checkpoints import Lookup, StoredScheduler, push_to_hub, read_scheduler, save_scheduler
+from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler, save_scheduler
 from .checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from .config import Configured, register_to_config
 from .noise import randn_tensor
@@ -166,7 +166,8 @@ class DDIMScheduler(Configured):
     ) -> S:
         """Load a scheduler, whatever class wrote it, from its own folder or that of a pipeline, or from the Hub.
 
-        The options are those of `ddim_fast.checkpoints.Lookup`; `config_entries` replace entries of the stored config.
+        The options are those of `ddim_fast.checkpoints.Lookup`; `config_entries` replace entries of the stored config,
+        or say what `ddim_fast.checkpoints.Training` lists about a checkpoint file.
         Raises what `ddim_fast.checkpoints.read_scheduler` raises, and `TypeError` for an unknown option.
 
         Example:
@@ -175,6 +176,7 @@ class DDIMScheduler(Configured):
         """
         for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
             config_entries.pop(name)
+        training = Training.taken_from(config_entries)
         check_entries(cls, config_entries)
         lookup = Lookup(
             subfolder=subfolder,
@@ -183,8 +185,9 @@ class DDIMScheduler(Configured):
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            training=replace(training, scheduler=config_entries),
         )
-        return cls.from_stored(read_scheduler(pretrained_model_name_or_path, lookup), **config_entries)
+        return cls.from_stored(read_scheduler(pretrained_model_name_or_path, lookup))
 
     @classmethod
     def from_stored(cls: type[S], stored: StoredScheduler, **overrides: Any) -> S:

@@ -22,7 +22,7 @@ from .layout import (
 )
 from .legacy import modernize_attention, modernize_names, modernize_scheduler_config, modernize_unet_config
 from .lookup import Lookup
-from .original import original_scheduler, read_original
+from .single_file import read_single_file
 from .source import local_path, open_source, read_json
 from .stored import StoredNetwork, StoredPipeline, StoredScheduler
 from .weights import read_tensors
@@ -37,9 +37,9 @@ def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> Sto
 
     Args:
         name_or_path: a folder; a model that ships with the package, "ddim-fast/digits"; a model on the Hugging Face
-            Hub, such as "google/ddpm-cifar10-32"; or a checkpoint file of the original DDIM repository. What exists
-            on this machine comes first. DDPM, DDIM, PNDM and other pipelines are understood, today's layout (`unet/`,
-            `scheduler/`) and the old flat one.
+            Hub, such as "google/ddpm-cifar10-32"; or a checkpoint file of the original DDIM repository,
+            guided-diffusion or improved-diffusion. What exists on this machine comes first. DDPM, DDIM, PNDM and other
+            pipelines are understood, today's layout (`unet/`, `scheduler/`) and the old flat one.
         lookup: which files, and how to ask the Hub.
 
     Raises:
@@ -48,11 +48,12 @@ def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> Sto
     """
     lookup = lookup or Lookup()
     if (file := _single_file(name_or_path)) is not None:
-        return read_original(file)
+        return read_single_file(file, lookup.training)
+    lookup.training.check_folder(str(name_or_path))
     found = _locate(open_source(name_or_path, lookup), lookup)
     return StoredPipeline(
         unet=_read_network(found.folder, found.unet, found.weights),
-        scheduler=_read_scheduler(found.folder / join(found.scheduler, SCHEDULER_CONFIG)),
+        scheduler=_read_scheduler(found.folder / join(found.scheduler, SCHEDULER_CONFIG), lookup),
     )
 
 
@@ -60,7 +61,8 @@ def read_unet(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredN
     """What is stored of a network, in its own folder or that of a pipeline; the arguments are `read_pipeline`'s."""
     lookup = lookup or Lookup()
     if (file := _single_file(name_or_path)) is not None:
-        return read_original(file).unet
+        return read_single_file(file, lookup.training).unet
+    lookup.training.check_folder(str(name_or_path))
     source = open_source(name_or_path, lookup)
     folder = part_folder(source, lookup.root, "unet", UNET_CONFIG, flat_first=True)
     weights = find_weights(source, folder, lookup.variant, lookup.use_safetensors)
@@ -71,11 +73,12 @@ def read_scheduler(name_or_path: NameOrPath, lookup: Lookup | None = None) -> St
     """The config of a stored scheduler, whatever class that is, in its own folder or that of a pipeline."""
     lookup = lookup or Lookup()
     if (file := _single_file(name_or_path)) is not None:
-        return StoredScheduler(original_scheduler(), str(file))
+        return read_single_file(file, lookup.training).scheduler
+    lookup.training.check_folder(str(name_or_path))
     source = open_source(name_or_path, lookup)
     folder = part_folder(source, lookup.root, "scheduler", SCHEDULER_CONFIG, flat_first=True)
     config = join(folder, SCHEDULER_CONFIG)
-    return _read_scheduler(Path(source.fetch([config])) / config)
+    return _read_scheduler(Path(source.fetch([config])) / config, lookup)
 
 
 def download(name: NameOrPath, lookup: Lookup | None = None) -> Path:
@@ -85,6 +88,11 @@ def download(name: NameOrPath, lookup: Lookup | None = None) -> Path:
     """
     lookup = lookup or Lookup()
     return _locate(open_source(name, lookup), lookup).folder
+
+
+def is_single_file(name_or_path: NameOrPath) -> bool:
+    """Whether `name_or_path` is a checkpoint file on this machine, not a folder or a name on the Hub."""
+    return _single_file(name_or_path) is not None
 
 
 def _single_file(name_or_path: NameOrPath) -> Path | None:
@@ -125,8 +133,8 @@ def _read_network(top: Path, folder: str, weights: Weights) -> StoredNetwork:
     return StoredNetwork(config, modernize_attention(modernize_names(tensors)), origin, str(path))
 
 
-def _read_scheduler(path: Path) -> StoredScheduler:
-    config = modernize_scheduler_config(read_json(path))
+def _read_scheduler(path: Path, lookup: Lookup) -> StoredScheduler:
+    config = lookup.training.over(modernize_scheduler_config(read_json(path)))
     if not {"beta_schedule", "beta_start", "trained_betas"} & config.keys():
         kind = config.get("_class_name", "scheduler")
         log_once(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import init_arguments
 from .layout import check_subfolder, check_variant
+from .training import Training
 
 # diffusers has these switches; here loading is always as they ask, or they have nothing to do.
 HARMLESS_OPTIONS = frozenset({"low_cpu_mem_usage", "proxies", "output_loading_info", "mirror", "device_map"})
@@ -24,6 +25,7 @@ class Lookup:
         subfolder: look in this folder inside the place that is named.
         revision, cache_dir, token, local_files_only, force_download: as in `huggingface_hub`. Offline (or with
             `HF_HUB_OFFLINE=1`), what is in the cache is used.
+        training: what the user says about a checkpoint file, and entries of the scheduler's config that win.
 
     Raises `TypeError` or `ValueError`, naming the argument, for a value that says nothing.
     """
@@ -36,6 +38,7 @@ class Lookup:
     token: bool | str | None = None
     local_files_only: bool = False
     force_download: bool = False
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         variant: Any = self.variant

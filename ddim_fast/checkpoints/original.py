@@ -10,18 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .stored import StoredNetwork, StoredPipeline, StoredScheduler
-from .weights import describe, load_pickle, read_tensors
+from .original_config import RELEASED, OriginalConfig, find_config, schedule_config
+from .recognized import Recognized
 
-# Image size and channel multipliers of the released models. All have 128 channels, two residual blocks a resolution,
-# and attention where the image is 16 pixels wide.
-_RELEASED = {
-    "cifar10": (32, (1, 2, 2, 2)),
-    "celeba": (64, (1, 2, 2, 2, 4)),
-    "bedroom": (256, (1, 1, 2, 2, 4, 4)),
-    "church": (256, (1, 1, 2, 2, 4, 4)),
-}
+# Where the image is this wide, the networks of all released models have attention.
 _ATTENTION_WIDTH = 16
+_SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 _RENAMED = {
     "temb_proj": "time_emb_proj",
     "nin_shortcut": "conv_shortcut",
@@ -43,83 +37,157 @@ _PARTS = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.
 _LEVEL = re.compile(r"(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.+)")
 
 
-def read_original(path: str | os.PathLike[str], config: str = "auto") -> StoredPipeline:
-    """What a checkpoint file of the original DDIM repository holds.
+def is_original(names: Mapping[str, object]) -> bool:
+    """Whether a file with these names is of that repository."""
+    return "temb.dense.0.weight" in names or "down.0.block.0.conv1.weight" in names
+
+
+def read_original(
+    state: Mapping[str, Tensor],
+    path: Path,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Recognized:
+    """A state dict of that repository as configs and tensors.
 
     Args:
-        path: a plain state dict (`*.ckpt`), or what the repository's training loop saves (`ckpt*.pth`: network,
-            optimizer, epoch, step and, if it was kept, the moving average, which is then taken).
-        config: "cifar10", "celeba", "bedroom" or "church" insist on that network; "auto" reads the network off the
-            weights' shapes, with the image size that puts its attention at 16 × 16, as all of them have it.
+        state: the tensors by name, as the file at `path` has them.
+        config: "cifar10", "celeba", "bedroom" or "church", or a YAML file: that config; by default the `config.yml`
+            beside the file. Without any, the network is read off the shapes, the noise is that of all released models,
+            and the image is as large as puts attention at 16 x 16, as in all of them: each is named as assumed.
+        size, scheduler: the image's size and entries of the scheduler's config, where they are given: then they are
+            not assumed.
 
-    The scheduler has the repository's noise schedule and, as its "generalized" sampler, does not clip x₀. That
-    sampler's "uniform" and "quad" timesteps are the spacings "leading" and "quad".
+    The scheduler, as that repository's "generalized" sampler, does not clip x₀; its "uniform" and "quad" timesteps are
+    the spacings "leading" and "quad".
 
-    Raises `ValueError` for a file with something else in it, or another network than `config` says.
+    Raises `ValueError` for a network that a `UNet2DModel` cannot express, for a config that contradicts the tensors,
+    and if the image's size is unknown.
     """
-    if config != "auto" and config not in _RELEASED:
-        raise ValueError(f"config={config!r} must be 'auto' or one of {', '.join(map(repr, _RELEASED))}")
-    path = Path(path)
-    state = _network_state(path)
-    entries = _read_config(state, path)
-    if config != "auto":
-        size, multipliers = _RELEASED[config]
-        widths = tuple(128 * multiplier for multiplier in multipliers)
-        if entries["block_out_channels"] != widths:
-            raise ValueError(
-                f"{path} is not a {config} network: found channels {entries['block_out_channels']}, expected {widths}"
-            )
-        entries["sample_size"] = size
-    tensors = _modern_names(state, len(entries["block_out_channels"]))
-    unet = StoredNetwork(entries, tensors, dict.fromkeys(tensors, path), str(path))
-    return StoredPipeline(unet, StoredScheduler(original_scheduler(), str(path)))
-
-
-def original_scheduler() -> dict[str, Any]:
-    """The noise schedule and sampler settings that all networks of the original repository share."""
-    return {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
-
-
-def _network_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        state: Any = read_tensors([path])[0]
+    entries, attends = _read_shapes(state, path)
+    told, note = find_config(config, path)
+    assumed = [note] if note else []
+    given = scheduler or {}
+    noise: dict[str, Any]
+    if told is not None:
+        _check_config(told, entries, attends, path)
+        entries |= {"sample_size": told.image_size, "dropout": told.dropout}
+        noise = schedule_config(told)
     else:
-        state = load_pickle(path)
-    if isinstance(state, (list, tuple)) and len(state) >= 4:
-        state = state[4] if len(state) > 4 else state[0]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a network of the original DDIM repository, found {describe(state)}")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if "temb.dense.0.weight" not in state or "down.0.block.0.conv1.weight" not in state:
-        raise ValueError(
-            f"{path} is not a network of the original DDIM repository: found {describe(state)}. For a model that "
-            "diffusers saved, give the folder with its config.json"
-        )
-    return state
+        if size is None:
+            entries["sample_size"] = _guess_size(attends, path)
+            assumed.append(_explain_size(entries))
+        noise = dict(zip(_SCHEDULE, ("linear", 1e-4, 0.02, 1000), strict=True))
+        guessed = {name: noise[name] for name in _SCHEDULE if name not in given}
+        if "trained_betas" in given:
+            guessed = {name: value for name, value in guessed.items() if name == "num_train_timesteps"}
+        if guessed:
+            listed = ", ".join(f"{name}={value}" for name, value in guessed.items())
+            assumed.append(f"{listed}, as in all configs of the repository; if others, give them or config=")
+    title = "a network of the original DDIM repository" + (f", by {told.where}" if told else "")
+    tensors = _modern_names(state, len(entries["block_out_channels"]))
+    noise = {"_class_name": "DDIMScheduler", **noise, "clip_sample": False}
+    return Recognized(title, {}, tuple(assumed), entries, noise, tensors)
 
 
-def _read_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    widths: list[int] = []
-    while (name := f"down.{len(widths)}.block.0.conv1.weight") in state:
-        widths.append(state[name].shape[0])
-    levels = range(len(widths))
-    attends = [f"down.{level}.attn.0.q.weight" in state for level in levels]
+def _guess_size(attends: list[bool], path: Path) -> int:
     if sum(attends) != 1:
         raise ValueError(
-            f"{path} has attention at {sum(attends)} resolutions; the repository's networks have it at one, so the "
-            "image size cannot be told. Convert it with a config of your own"
+            f"{path} has attention at {sum(attends)} resolutions; the repository's released networks have it at one, "
+            "where the image is 16 pixels wide, so the image size cannot be told: give size= or config="
         )
+    return _ATTENTION_WIDTH * 2 ** attends.index(True)
+
+
+def _explain_size(entries: Mapping[str, Any]) -> str:
+    size = entries["sample_size"]
+    like = [
+        name
+        for name, config in RELEASED.items()
+        if (config.image_size, _widths(config)) == (size, entries["block_out_channels"])
+        and config.num_res_blocks == entries["layers_per_block"]
+    ]
+    reason = f", as the released {' or '.join(like)} has these shapes" if like else ""
+    return (
+        f"images of {size} x {size} pixels, at which attention works on {_ATTENTION_WIDTH} x {_ATTENTION_WIDTH} as in "
+        f"all released models{reason}; if it was trained at another size, give size= or config="
+    )
+
+
+def _widths(config: OriginalConfig) -> tuple[int, ...]:
+    return tuple(config.ch * multiplier for multiplier in config.ch_mult)
+
+
+def _check_config(config: OriginalConfig, entries: Mapping[str, Any], attends: list[bool], path: Path) -> None:
+    """Raises `ValueError` unless the tensors are those of a network built with `config`."""
+    widths = _widths(config)
+    if entries["block_out_channels"] != widths:
+        raise ValueError(
+            f"{path} is not a {config.where} network: found channels {entries['block_out_channels']}, expected "
+            f"{widths}"
+        )
+    says = {
+        "model.num_res_blocks": (config.num_res_blocks, entries["layers_per_block"]),
+        "model.in_channels": (config.in_channels, entries["in_channels"]),
+        "model.out_ch": (config.out_ch, entries["out_channels"]),
+        "attention at resolutions": (
+            [level for level in range(len(widths)) if config.image_size >> level in config.attn_resolutions],
+            [level for level, used in enumerate(attends) if used],
+        ),
+    }
+    for name, (said, shown) in says.items():
+        if said != shown:
+            hint = (
+                f" (counted from the largest: data.image_size {config.image_size}, model.attn_resolutions "
+                f"{list(config.attn_resolutions)})"
+                if name.startswith("attention")
+                else ""
+            )
+            raise ValueError(
+                f"{path} is not a {config.where} network: {name} {said}{hint}, but the tensors have {shown}"
+            )
+
+
+def _read_shapes(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], list[bool]]:
+    """The entries of a `UNet2DModel` that the shapes show, and at which resolutions there is attention."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"{path} is not a whole network of the original DDIM repository: {name} is missing")
+        return tuple(state[name].shape)
+
+    if "logvar" in state:
+        raise ValueError(f"{path} has a logvar: model.type was 'bayesian', which is not read; only 'simple' is")
+    widths: list[int] = []
+    while f"down.{len(widths)}.block.0.conv1.weight" in state:
+        widths.append(shape(f"down.{len(widths)}.block.0.conv1.weight")[0])
+    if not widths:
+        shape("down.0.block.0.conv1.weight")
+    if len(widths) > 1 and not any("sample.conv" in name for name in state):
+        raise ValueError(
+            f"{path} has no convolutions between its resolutions: model.resamp_with_conv was False, which a "
+            "UNet2DModel cannot express"
+        )
+    first = shape("conv_in.weight")
+    if first[0] != widths[0]:
+        raise ValueError(
+            f"{path} has model.ch {first[0]} and model.ch_mult[0] {widths[0] / first[0]:g}: a UNet2DModel's first "
+            "convolution is as wide as its first resolution, so ch_mult must start with 1"
+        )
+    attends = [f"down.{level}.attn.0.q.weight" in state for level in range(len(widths))]
     layers = 0
     while f"down.0.block.{layers}.conv1.weight" in state:
         layers += 1
-    return {
-        "sample_size": _ATTENTION_WIDTH * 2 ** attends.index(True),
-        "in_channels": state["conv_in.weight"].shape[1],
-        "out_channels": state["conv_out.weight"].shape[0],
+    entries = {
+        "_class_name": "UNet2DModel",
+        "in_channels": first[1],
+        "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
-        "down_block_types": tuple("AttnDownBlock2D" if attends[level] else "DownBlock2D" for level in levels),
-        "up_block_types": tuple("AttnUpBlock2D" if attends[level] else "UpBlock2D" for level in reversed(levels)),
+        "down_block_types": tuple("AttnDownBlock2D" if used else "DownBlock2D" for used in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if used else "UpBlock2D" for used in reversed(attends)),
         "attention_head_dim": None,
         "norm_num_groups": 32,
         "norm_eps": 1e-6,
@@ -127,6 +195,7 @@ def _read_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "flip_sin_to_cos": False,
         "freq_shift": 1,
     }
+    return entries, attends
 
 
 def _modern_names(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
@@ -141,6 +210,9 @@ def _modern_names(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]
         for old, new in _TOP.items():
             if name.startswith(f"{old}."):
                 path = f"{new}.{name.removeprefix(f'{old}.')}"
+        if "." not in path:
+            modern[path] = tensor
+            continue
         parent, layer, kind = path.rsplit(".", 2) if path.count(".") > 1 else ("", *path.split("."))
         path = ".".join(filter(None, (parent, _RENAMED.get(layer, layer), kind)))
         attention = ".attentions." in path and tensor.ndim == 4

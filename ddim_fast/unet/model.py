@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Lookup, push_to_hub, read_unet, save_unet
+from ..checkpoints import Lookup, Training, is_single_file, push_to_hub, read_unet, save_unet
 from ..checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from ..config import Configured, register_to_config
 from ..outputs import Output
@@ -338,7 +338,8 @@ class UNet2DModel(nn.Module, Configured):
             device: where the weights go, the CPU by default.
             variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download: as in
                 `ddim_fast.checkpoints.Lookup`.
-            config_entries: replace entries of the stored config.
+            config_entries: replace entries of the stored config, or say what `ddim_fast.checkpoints.Training` lists
+                about a checkpoint file.
 
         Raises what `ddim_fast.checkpoints.read_unet` raises, `ValueError` for weights that are not the network's, and
         `TypeError` for an unknown option.
@@ -351,9 +352,13 @@ class UNet2DModel(nn.Module, Configured):
         target = check_target(torch_dtype, device)
         for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
             config_entries.pop(name)
+        stays = set() if is_single_file(pretrained_model_name_or_path) else {"out_channels"} & config_entries.keys()
+        kept = {name: config_entries.pop(name) for name in stays}
+        training = Training.taken_from(config_entries)
+        config_entries |= kept
         check_entries(cls, config_entries)
         lookup = Lookup(
-            variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download
+            variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download, training
         )
         stored = read_unet(pretrained_model_name_or_path, lookup)
         return build_unet(cls, stored, dtype=target[0], device=target[1], overrides=config_entries)
