@@ -7,10 +7,13 @@ A name that a file gives is only ever looked up in that file's own folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .folder import Folder
 
 STEM = "diffusion_pytorch_model"
 UNET_CONFIG = "config.json"
@@ -28,18 +31,25 @@ _INDEX = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """A place to load from.
-
-    `names(folder)` are the files and folders directly inside `folder` ("" is the place itself); `read(path)` is the
-    JSON object in a file; `fetch(paths)` brings files onto the disk and returns the folder they are relative to.
-    """
+class Source(Protocol):
+    """A place to load from: a folder on this machine, or a model on the Hub. `title` is what errors call it."""
 
     title: str
-    names: Callable[[str], Collection[str]]
-    read: Callable[[str], dict[str, Any]]
-    fetch: Callable[[Collection[str]], str]
+
+    def names(self, inside: str) -> Collection[str]:
+        """The files and folders directly inside `inside` ("" is the place itself)."""
+
+    def read(self, path: str) -> dict[str, Any]:
+        """The JSON object in a file."""
+
+    def fetch(self, paths: Collection[str]) -> Folder:
+        """Bring files onto the disk."""
+
+    def changed(self) -> bool:
+        """Whether anything that was seen of it is another now."""
+
+    def close(self) -> None:
+        """Close the files that were opened and not read."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,15 @@ def _no_weights(place: str, names: Collection[str], variant: str | None, formats
     return f"{place} has no weights: expected {expected}; it holds: {listed}"
 
 
-def is_weights_of(name: str, variant: str | None) -> bool:
-    """Whether a file called `name` holds weights of `variant`, in any format: whole, a shard, or an index."""
+def weights_variant(name: str) -> str | None:
+    """The variant of which a file called `name` holds weights, in any format: whole, a shard, or an index.
+
+    "" is the default; None means no weights.
+    """
     match = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
-    return match is not None and (match["variant"] or match["legacy"]) == variant
+    return None if match is None else match["variant"] or match["legacy"] or ""
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file called `name` belongs to a checkpoint, rather than to the user."""
+    return name in (PIPELINE_INDEX, UNET_CONFIG, SCHEDULER_CONFIG) or weights_variant(name) is not None

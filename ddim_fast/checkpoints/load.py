@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ..once import log_once
+from .folder import Folder
 from .layout import (
     PIPELINE_INDEX,
     SCHEDULER_CONFIG,
@@ -23,13 +28,17 @@ from .layout import (
 from .legacy import modernize_attention, modernize_names, modernize_scheduler_config, modernize_unet_config
 from .lookup import Lookup
 from .single_file import read_single_file
-from .source import local_path, open_source, read_json
+from .source import local_path, open_source
 from .stored import StoredNetwork, StoredPipeline, StoredScheduler
 from .weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
 NameOrPath = str | os.PathLike[str]
+T = TypeVar("T")
+
+# A save changes what is to be read for some milliseconds; who saves without end must not keep a reader forever.
+_PATIENCE, _PAUSE = 10.0, 0.002
 
 
 def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredPipeline:
@@ -50,11 +59,8 @@ def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> Sto
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training)
     lookup.training.check_folder(str(name_or_path))
-    found = _locate(open_source(name_or_path, lookup), lookup)
-    return StoredPipeline(
-        unet=_read_network(found.folder, found.unet, found.weights),
-        scheduler=_read_scheduler(found.folder / join(found.scheduler, SCHEDULER_CONFIG), lookup),
-    )
+    with _looked_at(name_or_path, lookup, _find_pipeline) as (unet, scheduler):
+        return StoredPipeline(unet=_read_network(unet), scheduler=scheduler)
 
 
 def read_unet(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredNetwork:
@@ -63,10 +69,8 @@ def read_unet(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredN
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training).unet
     lookup.training.check_folder(str(name_or_path))
-    source = open_source(name_or_path, lookup)
-    folder = part_folder(source, lookup.root, "unet", UNET_CONFIG, flat_first=True)
-    weights = find_weights(source, folder, lookup.variant, lookup.use_safetensors)
-    return _read_network(Path(source.fetch([join(folder, UNET_CONFIG), *weights.needed])), folder, weights)
+    with _looked_at(name_or_path, lookup, _find_unet) as unet:
+        return _read_network(unet)
 
 
 def read_scheduler(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredScheduler:
@@ -75,10 +79,8 @@ def read_scheduler(name_or_path: NameOrPath, lookup: Lookup | None = None) -> St
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training).scheduler
     lookup.training.check_folder(str(name_or_path))
-    source = open_source(name_or_path, lookup)
-    folder = part_folder(source, lookup.root, "scheduler", SCHEDULER_CONFIG, flat_first=True)
-    config = join(folder, SCHEDULER_CONFIG)
-    return _read_scheduler(Path(source.fetch([config])) / config, lookup)
+    with _looked_at(name_or_path, lookup, _find_scheduler) as scheduler:
+        return scheduler
 
 
 def download(name: NameOrPath, lookup: Lookup | None = None) -> Path:
@@ -87,7 +89,11 @@ def download(name: NameOrPath, lookup: Lookup | None = None) -> Path:
     A local folder is returned as it is, once it is seen to hold a pipeline.
     """
     lookup = lookup or Lookup()
-    return _locate(open_source(name, lookup), lookup).folder
+    source = open_source(name, lookup)
+    try:
+        return source.fetch(_locate(source, lookup).needed).top
+    finally:
+        source.close()
 
 
 def is_single_file(name_or_path: NameOrPath) -> bool:
@@ -97,17 +103,50 @@ def is_single_file(name_or_path: NameOrPath) -> bool:
 
 def _single_file(name_or_path: NameOrPath) -> Path | None:
     path = local_path(name_or_path)
-    return path if path is not None and path.is_file() else None
+    return None if path is None or path.is_dir() else path
 
 
 @dataclass(frozen=True)
 class _Located:
-    """A pipeline on the disk: the folder of `fetch`, and its parts' folders relative to that."""
+    """Where the parts of a pipeline lie, and the files that loading it needs."""
 
-    folder: Path
     unet: str
     scheduler: str
     weights: Weights
+    needed: list[str]
+
+
+@dataclass(frozen=True)
+class _FoundNetwork:
+    """A network's config, where that is, and its open files of weights."""
+
+    config: dict[str, Any]
+    where: str
+    weights: list[BinaryIO]
+
+
+@contextmanager
+def _looked_at(name_or_path: NameOrPath, lookup: Lookup, find: Callable[[Source, Lookup], T]) -> Iterator[T]:
+    """What `find` found while nothing changed; its files are open until the block ends."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with closing(open_source(name_or_path, lookup)) as source:
+            found: T | None = None
+            error: Exception | None = None
+            try:
+                found = find(source, lookup)
+            except (OSError, ValueError) as problem:
+                error = problem
+            if not source.changed():
+                if error is not None:
+                    raise error
+                yield cast(T, found)
+                return
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"{source.title} was written to again and again for {_PATIENCE:.0f} s; load it once that has ended"
+                ) from error
+        time.sleep(_PAUSE)
 
 
 def _locate(source: Source, lookup: Lookup) -> _Located:
@@ -119,28 +158,52 @@ def _locate(source: Source, lookup: Lookup) -> _Located:
     if index and (unused := unused_components(source.read(index[0]))):
         log_once(logger, logging.WARNING, f"{source.title}: only its unet is used, not {', '.join(unused)}")
     needed = [*index, join(unet, UNET_CONFIG), join(scheduler, SCHEDULER_CONFIG), *weights.needed]
-    return _Located(Path(source.fetch(needed)), unet, scheduler, weights)
+    return _Located(unet, scheduler, weights, needed)
 
 
-def _read_network(top: Path, folder: str, weights: Weights) -> StoredNetwork:
-    path = top / folder / UNET_CONFIG
-    config = modernize_unet_config(read_json(path))
+def _find_pipeline(source: Source, lookup: Lookup) -> tuple[_FoundNetwork, StoredScheduler]:
+    located = _locate(source, lookup)
+    folder = source.fetch(located.needed)
+    return _open_network(folder, located.unet, located.weights), _scheduler_config(folder, located.scheduler, lookup)
+
+
+def _find_unet(source: Source, lookup: Lookup) -> _FoundNetwork:
+    inside = part_folder(source, lookup.root, "unet", UNET_CONFIG, flat_first=True)
+    weights = find_weights(source, inside, lookup.variant, lookup.use_safetensors)
+    return _open_network(source.fetch([join(inside, UNET_CONFIG), *weights.needed]), inside, weights)
+
+
+def _find_scheduler(source: Source, lookup: Lookup) -> StoredScheduler:
+    inside = part_folder(source, lookup.root, "scheduler", SCHEDULER_CONFIG, flat_first=True)
+    return _scheduler_config(source.fetch([join(inside, SCHEDULER_CONFIG)]), inside, lookup)
+
+
+def _open_network(folder: Folder, inside: str, weights: Weights) -> _FoundNetwork:
+    path = join(inside, UNET_CONFIG)
+    where = str(folder.top / path)
+    config = modernize_unet_config(folder.read(path))
     kind = config.get("_class_name", UNET_CLASSES[0])
     if kind not in UNET_CLASSES:
-        raise ValueError(f"{path} describes a {kind}, not a {UNET_CLASSES[0]}; this package samples from no other")
+        raise ValueError(f"{where} describes a {kind}, not a {UNET_CLASSES[0]}; this package samples from no other")
     config["_class_name"] = UNET_CLASSES[0]
-    tensors, origin = read_tensors([top / name for name in weights.files])
-    return StoredNetwork(config, modernize_attention(modernize_names(tensors)), origin, str(path))
+    return _FoundNetwork(config, where, [folder.open(name) for name in weights.files])
 
 
-def _read_scheduler(path: Path, lookup: Lookup) -> StoredScheduler:
-    config = lookup.training.over(modernize_scheduler_config(read_json(path)))
+def _read_network(found: _FoundNetwork) -> StoredNetwork:
+    tensors, origin = read_tensors(found.weights)
+    return StoredNetwork(found.config, modernize_attention(modernize_names(tensors)), origin, found.where)
+
+
+def _scheduler_config(folder: Folder, inside: str, lookup: Lookup) -> StoredScheduler:
+    path = join(inside, SCHEDULER_CONFIG)
+    where = str(folder.top / path)
+    config = lookup.training.over(modernize_scheduler_config(folder.read(path)))
     if not {"beta_schedule", "beta_start", "trained_betas"} & config.keys():
         kind = config.get("_class_name", "scheduler")
         log_once(
             logger,
             logging.WARNING,
-            f"{path}: this {kind} has no beta schedule, so DDIM's default one is used; a model that was not trained "
+            f"{where}: this {kind} has no beta schedule, so DDIM's default one is used; a model that was not trained "
             "with a beta schedule gives no good images",
         )
-    return StoredScheduler(config, str(path))
+    return StoredScheduler(config, where)

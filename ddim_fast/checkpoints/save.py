@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .atomic import replacing
-from .layout import PIPELINE_INDEX, SCHEDULER_CONFIG, STEM, UNET_CLASSES, UNET_CONFIG, check_variant, is_weights_of
+from .atomic import replace_together
+from .layout import PIPELINE_INDEX, SCHEDULER_CONFIG, STEM, UNET_CLASSES, UNET_CONFIG, check_variant
 
 PathLike = str | os.PathLike[str]
 
@@ -52,10 +52,14 @@ def save_pipeline(
         "scheduler": ["diffusers", type(scheduler).__name__],
         "unet": ["diffusers", UNET_CLASSES[0]],
     }
-    with replacing(Path(path), _is_stale(variant)) as folder:
-        _write_unet(unet, folder / "unet", safe_serialization, variant, max_shard_size)
-        _write_scheduler(scheduler, folder / "scheduler")
+
+    def write(folder: Path) -> list[str]:
+        weights = _write_unet(unet, folder / "unet", safe_serialization, variant, max_shard_size)
+        config = _write_scheduler(scheduler, folder / "scheduler")
         _write_json(folder / PIPELINE_INDEX, entries)
+        return [*(f"unet/{name}" for name in weights), f"scheduler/{config}", PIPELINE_INDEX]
+
+    replace_together(Path(path), write)
 
 
 def save_unet(
@@ -68,14 +72,12 @@ def save_unet(
 ) -> None:
     """Write a network's `config.json` and weights; see `save_pipeline`."""
     _check_options(variant, max_shard_size)
-    with replacing(Path(path), _is_stale(variant)) as folder:
-        _write_unet(unet, folder, safe_serialization, variant, max_shard_size)
+    replace_together(Path(path), lambda folder: _write_unet(unet, folder, safe_serialization, variant, max_shard_size))
 
 
 def save_scheduler(scheduler: Any, path: PathLike) -> None:
     """Write a scheduler's `scheduler_config.json`; see `save_pipeline`."""
-    with replacing(Path(path), lambda name: False) as folder:
-        _write_scheduler(scheduler, folder)
+    replace_together(Path(path), lambda folder: [_write_scheduler(scheduler, folder)])
 
 
 def _check_options(variant: Any, max_shard_size: Any) -> None:
@@ -88,13 +90,10 @@ def _check_options(variant: Any, max_shard_size: Any) -> None:
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
 
 
-def _is_stale(variant: str | None) -> Callable[[str], bool]:
-    return lambda name: is_weights_of(os.path.basename(name), variant)
-
-
 def _write_unet(
     unet: Any, folder: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str
-) -> None:
+) -> list[str]:
+    """Write config and weights into `folder`; returns the names of the files."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     unet = getattr(unet, "_orig_mod", unet)
@@ -113,25 +112,35 @@ def _write_unet(
         _write_tensors({key: state[key].detach().cpu().contiguous() for key in keys}, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / f"{STEM}.{extension}.index{infix}.json", index)
+        name = f"{STEM}.{extension}.index{infix}.json"
+        _write_json(folder / name, index)
+        return [UNET_CONFIG, *split.filename_to_tensors, name]
+    return [UNET_CONFIG, *split.filename_to_tensors]
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     if path.suffix == ".bin":
-        torch.save(tensors, path)
+        # Through a file of ours: torch's own writer says nothing but that writing failed.
+        with open(path, "wb") as file:
+            torch.save(tensors, file)
         return
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from error
 
 
-def _write_scheduler(scheduler: Any, folder: Path) -> None:
+def _write_scheduler(scheduler: Any, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     entries = _entries(scheduler.config, type(scheduler).__name__)
     if entries.get("previous_timestep") == "stride":
         # What diffusers does, too, and has no name for.
         del entries["previous_timestep"]
     _write_json(folder / SCHEDULER_CONFIG, entries)
+    return SCHEDULER_CONFIG
 
 
 def _entries(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:

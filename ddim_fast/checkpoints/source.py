@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..once import log_once
-from . import atomic
+from .folder import Folder
 from .layout import Source
 from .lookup import Lookup
 
@@ -54,41 +53,7 @@ def open_source(name_or_path: str | os.PathLike[str], hub: Lookup) -> Source:
     path = local_path(name_or_path)
     if path is None:
         return _hub_source(os.fspath(name_or_path), hub)
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; give the folder it lies in")
-    return folder_source(path)
-
-
-def folder_source(folder: Path, title: str | None = None) -> Source:
-    """A folder on this machine. A save that was cut off after its commit is finished first."""
-    atomic.finish_interrupted(folder)
-
-    def names(inside: str) -> Collection[str]:
-        place = folder / inside
-        return frozenset(os.listdir(place)) if place.is_dir() else frozenset()
-
-    return Source(
-        title=title or str(folder),
-        names=names,
-        read=lambda path: read_json(folder / path),
-        fetch=lambda paths: str(folder),
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `ValueError` that names the file and the place of the mistake."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
+    return Folder(path)
 
 
 def _hub_source(repo_id: str, hub: Lookup) -> Source:
@@ -97,7 +62,7 @@ def _hub_source(repo_id: str, hub: Lookup) -> Source:
             raise ValueError("local_files_only=True and force_download=True exclude each other; pass one of them")
         return _cached_source(repo_id, hub, "local_files_only=True")
 
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, errors
 
     try:
         api = HfApi(token=hub.token, library_name="ddim_fast")
@@ -107,22 +72,47 @@ def _hub_source(repo_id: str, hub: Lookup) -> Source:
     except Exception as error:
         return _cached_source(repo_id, hub, "the Hub could not be asked", error)
 
-    paths = [sibling.rfilename for sibling in info.siblings or []]
+    return HubModel(repo_id, hub, [sibling.rfilename for sibling in info.siblings or []])
 
-    def names(inside: str) -> Collection[str]:
+
+class HubModel:
+    """A model on the Hub, of which the files at `paths` are there."""
+
+    def __init__(self, repo_id: str, hub: Lookup, paths: Collection[str]) -> None:
+        self.title = f"{repo_id} (on the Hub)"
+        self._repo_id, self._hub, self._paths = repo_id, hub, paths
+        self._folder: Folder | None = None
+
+    def names(self, inside: str) -> Collection[str]:
         prefix = f"{inside}/" if inside else ""
-        return frozenset(path.removeprefix(prefix).split("/")[0] for path in paths if path.startswith(prefix))
+        return {path.removeprefix(prefix).split("/")[0] for path in self._paths if path.startswith(prefix)}
 
-    def read(path: str) -> dict[str, Any]:
+    def read(self, path: str) -> dict[str, Any]:
+        from huggingface_hub import hf_hub_download
+
+        hub = self._hub
         options: Any = {"revision": hub.revision, "cache_dir": hub.cache_dir, "token": hub.token}
         try:
-            return read_json(Path(hf_hub_download(repo_id, path, library_name="ddim_fast", **options)))
-        except ValueError:
-            raise
+            file = Path(hf_hub_download(self._repo_id, path, library_name="ddim_fast", **options))
         except Exception as error:
-            raise _explain(repo_id, hub, error) from error
+            raise _explain(self._repo_id, hub, error) from error
+        folder = Folder(file.parents[path.count("/")])
+        try:
+            return folder.read(path)
+        finally:
+            folder.close()
 
-    return Source(f"{repo_id} (on the Hub)", names, read, lambda paths: _download(repo_id, hub, paths))
+    def fetch(self, paths: Collection[str]) -> Folder:
+        self._folder = Folder(Path(_download(self._repo_id, self._hub, paths)))
+        return self._folder
+
+    def changed(self) -> bool:
+        """Never: a commit of the Hub stays what it is."""
+        return False
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
 
 
 def _download(repo_id: str, hub: Lookup, paths: Collection[str]) -> str:
@@ -154,7 +144,7 @@ def _cached_source(repo_id: str, hub: Lookup, reason: str, cause: Exception | No
         raise _explain(repo_id, hub, cause or error) from (cause or error)
     if cause is not None:
         log_once(logger, logging.WARNING, f"{reason} for {repo_id!r} ({cause}); using what is in the cache")
-    return folder_source(Path(folder), title=f"{folder} (what is in the cache of {repo_id!r}; {reason})")
+    return Folder(Path(folder), title=f"{folder} (what is in the cache of {repo_id!r}; {reason})")
 
 
 def _explain(repo_id: str, hub: Lookup, error: Exception) -> Exception:

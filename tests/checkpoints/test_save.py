@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import signal
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from parts import load_parts
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ddim_fast.checkpoints import atomic, save, save_pipeline, save_scheduler, save_unet
+from ddim_fast.checkpoints import save_pipeline, save_scheduler, save_unet
 from ddim_fast.scheduler import DDIMScheduler
 from ddim_fast.unet import UNet2DModel
 
@@ -185,106 +183,3 @@ def test_saving_through_links_leaves_what_they_point_to_alone(unet, other, same_
     save_unet(other, tmp_path / "snapshot")
     same_weights(UNet2DModel.from_pretrained(tmp_path / "snapshot"), other)
     same_weights(UNet2DModel.from_pretrained(tmp_path / "blobs"), unet)
-
-
-class TestInterrupted:
-    """Saving `other` in shards over a pipeline of `unet` in fewer."""
-
-    @pytest.fixture
-    def folder(self, unet, scheduler, tmp_path):
-        save_pipeline(unet, scheduler, tmp_path / "pipe", max_shard_size="120KB")
-        (tmp_path / "pipe" / "notes.txt").write_text("mine")
-        return tmp_path / "pipe"
-
-    def overwrite(self, other, folder):
-        save_pipeline(other, DDIMScheduler(beta_end=0.01), folder, max_shard_size="90KB")
-
-    def is_whole(self, folder, expected, beta_end, same_weights):
-        loaded, scheduler = load_parts(folder)
-        same_weights(loaded, expected)
-        assert scheduler.config.beta_end == beta_end
-        assert (folder / "notes.txt").read_text() == "mine"
-
-    @pytest.mark.parametrize("shard", [0, 1, 2])
-    def test_a_failing_write_changes_nothing(self, unet, other, folder, same_weights, monkeypatch, shard):
-        before = {name: (folder / name).read_bytes() for name in files(folder)}
-        write, written = save._write_tensors, []
-
-        def failing(tensors, path):
-            if len(written) == shard:
-                path.write_bytes(b"half of it")
-                raise OSError(28, "No space left on device")
-            written.append(path)
-            write(tensors, path)
-
-        monkeypatch.setattr(save, "_write_tensors", failing)
-        with pytest.raises(OSError, match="No space left"):
-            self.overwrite(other, folder)
-        assert {name: (folder / name).read_bytes() for name in files(folder)} == before
-        assert os.listdir(folder.parent) == ["pipe"]
-
-    def test_a_failing_first_save_leaves_no_folder(self, unet, tmp_path, monkeypatch):
-        monkeypatch.setattr(save, "_write_tensors", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            save_unet(unet, tmp_path / "new")
-        assert not list(tmp_path.iterdir())
-
-    def test_killed_at_any_point_one_whole_checkpoint_is_there(self, unet, other, folder, same_weights, tmp_path):
-        """The process dies before each of the system calls that change the folder, one after another."""
-        outcomes = []
-        for deadline in range(100):
-            target = tmp_path / str(deadline)
-            shutil.copytree(folder, target)
-            if self.survives(other, target, deadline):
-                break
-            # A reader of the network alone must not see half of a commit to the pipeline's folder, either.
-            first = UNet2DModel.from_pretrained(target / "unet" if deadline % 2 else target)
-            is_new = torch.equal(first.conv_in.weight, other.conv_in.weight)
-            outcomes.append(is_new)
-            self.is_whole(target, other if is_new else unet, 0.01 if is_new else 0.02, same_weights)
-            assert not [name for name in files(target) if atomic._COMMITTED in name]
-        assert outcomes == sorted(outcomes) and outcomes.count(False) > 3 and outcomes.count(True) > 3
-        self.is_whole(target, other, 0.01, same_weights)
-        assert not [name for name in os.listdir(target) if name.startswith(".")]
-
-    def survives(self, other, folder, deadline):
-        pid = os.fork()
-        if pid == 0:
-            calls = 0
-
-            def counted(function):
-                def call(*args, **kwargs):
-                    nonlocal calls
-                    if calls == deadline:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    calls += 1
-                    return function(*args, **kwargs)
-
-                return call
-
-            os.fsync = lambda descriptor: None
-            for name in ("replace", "rename", "unlink", "mkdir"):
-                setattr(os, name, counted(getattr(os, name)))
-            self.overwrite(other, folder)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-    def test_what_a_killed_save_left_is_cleaned_up_by_the_next(self, other, folder):
-        self.survives(other, folder, 3)
-        assert [name for name in os.listdir(folder) if name.startswith(atomic._WRITING)]
-        save_unet(other, folder)
-        assert not [name for name in os.listdir(folder) if name.startswith(".")]
-
-    def test_a_later_save_wins_over_one_that_was_cut_off_after_its_commit(self, unet, other, folder, same_weights):
-        deadline = 0
-        while not any(name.startswith(atomic._COMMITTED) for name in os.listdir(folder)):
-            assert not self.survives(other, folder, deadline)
-            deadline += 1
-        save_pipeline(unet, DDIMScheduler(beta_end=0.03), folder)
-        self.is_whole(folder, unet, 0.03, same_weights)
-
-    def test_a_save_in_progress_elsewhere_is_left_alone(self, other, folder):
-        running = folder / f"{atomic._WRITING}{atomic._owner()}-0"
-        running.mkdir()
-        save_unet(other, folder)
-        assert running.is_dir()
