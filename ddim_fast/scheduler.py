@@ -19,6 +19,7 @@ import torch
 from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler, save_scheduler
 from .checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from .config import Configured, register_to_config
+from .entries import check_flag, check_number, check_whole
 from .noise import randn_tensor
 from .outputs import Output
 from .schedules import Timesteps, check_timesteps, make_betas, own_betas, rescale_zero_terminal_snr, spaced_timesteps
@@ -30,6 +31,8 @@ PREVIOUS_TIMESTEPS = ("stride", "schedule")
 
 # Entries of the configs of diffusers' DDPM and PNDM schedulers, old versions included, that DDIM has no use for.
 OTHER_SCHEDULERS_ENTRIES = frozenset({"variance_type", "skip_prk_steps", "timestep_values", "tensor_format"})
+
+_MOST_TIMESTEPS = 10**6
 
 S = TypeVar("S", bound="DDIMScheduler")
 Generators = torch.Generator | list[torch.Generator] | None
@@ -99,11 +102,7 @@ class DDIMScheduler(Configured):
         *,
         previous_timestep: str = "stride",
     ) -> None:
-        _check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        _check_one_of("previous_timestep", previous_timestep, PREVIOUS_TIMESTEPS)
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        _check_entries(self.config)
         if trained_betas is None:
             self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
         else:
@@ -197,7 +196,7 @@ class DDIMScheduler(Configured):
         """
         try:
             return cls.from_config(stored.config, **overrides)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{stored.where} describes no scheduler that can be built: {error}") from error
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
@@ -492,6 +491,21 @@ def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tu
     sigma = eta * _variance(prod, prod_prev) ** 0.5
     direction = (1 - prod_prev - sigma**2) ** 0.5
     return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
+
+
+def _check_entries(config: Any) -> None:
+    """Raises `ValueError`, naming the entry, for a config that no noise schedule can be built from."""
+    _check_one_of("prediction_type", config.prediction_type, PREDICTION_TYPES)
+    _check_one_of("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+    _check_one_of("previous_timestep", config.previous_timestep, PREVIOUS_TIMESTEPS)
+    check_whole("num_train_timesteps", config.num_train_timesteps, 1, _MOST_TIMESTEPS)
+    check_whole("steps_offset", config.steps_offset, -_MOST_TIMESTEPS, _MOST_TIMESTEPS)
+    for name in ("beta_start", "beta_end", "dynamic_thresholding_ratio"):
+        check_number(name, config[name], 0, 1)
+    for name in ("clip_sample_range", "sample_max_value"):
+        check_number(name, config[name], 0, 1e6)
+    for name in ("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"):
+        check_flag(name, config[name])
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -191,18 +191,27 @@ def check_fit(
         if name in state and tuple(state[name].shape) != shape
     ]
     unreal = [
-        f"{name} in {origin.get(name, files)} holds {str(tensor.dtype).removeprefix('torch.')} numbers"
+        f"{name} in {origin.get(name, files)} holds {_kind(tensor)} numbers"
         for name, tensor in state.items()
-        if name in expected and not tensor.dtype.is_floating_point
+        if name in expected and (not tensor.dtype.is_floating_point or tensor.is_meta or not _is_dense(tensor))
     ]
     problems = [
         *([f"missing: {_some(missing)}"] if missing else []),
         *([f"unexpected: {_some(unexpected)}"] if unexpected else []),
         *([f"other shapes: {_some(wrong, '; ')}"] if wrong else []),
-        *([f"not floating point: {_some(unreal, '; ')}"] if unreal else []),
+        *([f"not real numbers: {_some(unreal, '; ')}"] if unreal else []),
     ]
     if problems:
         raise ValueError(f"the weights in {files} do not belong to this network's config.json. " + ". ".join(problems))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if _is_dense(tensor) else "sparse or quantized "
+    return f"{layout}{str(tensor.dtype).removeprefix('torch.')}{' (without values)' if tensor.is_meta else ''}"
 
 
 def _some(items: Sequence[str], separator: str = ", ") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from ..checkpoints import StoredNetwork
 from ..checkpoints.weights import check_fit
+from ..entries import shown
 
 if TYPE_CHECKING:
     from .model import UNet2DModel
+
+# Up to here the missing tensors are named one by one.
+_MISSING_AT_MOST = 2000
 
 U = TypeVar("U", bound="UNet2DModel")
 
@@ -32,6 +36,7 @@ def build_unet(
     The tensors of `stored` are used up. Raises `ValueError`, naming the file, if no network can be built from the
     config, or if the weights are not exactly those of the network.
     """
+    _check_size({**stored.config, **(overrides or {})}, stored)
     try:
         with parameters_on_meta():
             unet = kind.from_config(stored.config, **(overrides or {}))
@@ -39,6 +44,20 @@ def build_unet(
         raise ValueError(f"{stored.where} describes no network that can be built: {error}") from error
     fill(unet, stored, dtype, device)
     return unet.eval()
+
+
+def _check_size(config: Mapping[str, Any], stored: StoredNetwork) -> None:
+    """Raises `ValueError` if the config describes many more layers than the weights can be of."""
+    layers, levels = config.get("layers_per_block", 2), config.get("block_out_channels", (224, 448, 672, 896))
+    if isinstance(layers, int) and isinstance(levels, Sequence):
+        # A residual block has at least eight tensors.
+        least = 8 * (len(levels) * (2 * layers + 1) + 2)
+        if least > len(stored.tensors) + _MISSING_AT_MOST:
+            raise ValueError(
+                f"{stored.where} describes no network of these weights: {len(levels)} resolutions with "
+                f"layers_per_block={shown(layers)} have at least {shown(least)} tensors, the weights are "
+                f"{len(stored.tensors)}"
+            )
 
 
 def check_target(
@@ -75,8 +94,21 @@ def fill(module: nn.Module, stored: StoredNetwork, dtype: torch.dtype, device: t
     state: dict[str, Tensor] = stored.tensors
     expected = module.state_dict()
     check_fit(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, stored.origin)
+    memory: set[int] = set()
     for name in list(state):
-        tensor = state.pop(name)
-        expected[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        expected[name] = _own(state.pop(name), name, stored, dtype, device, memory)
     module.load_state_dict(expected, strict=True, assign=True)
     module.to(device, dtype)
+
+
+def _own(
+    tensor: Tensor, name: str, stored: StoredNetwork, dtype: torch.dtype, device: torch.device, memory: set[int]
+) -> Tensor:
+    """`tensor` converted, and sharing its memory with no other; `memory` is where those before it lie."""
+    storage = tensor.untyped_storage()
+    # A tensor of a pickled file may repeat a few numbers without end; memory is given for what the file holds.
+    if storage.nbytes() < tensor.nbytes and device.type != "meta":
+        raise ValueError(f"{name} in {stored.origin.get(name, stored.where)} repeats numbers; save it as it is")
+    is_shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in memory
+    memory.add(storage.data_ptr())
+    return tensor.to(device, dtype, copy=is_shared).contiguous()

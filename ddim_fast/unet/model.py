@@ -16,9 +16,10 @@ from ..checkpoints.lookup import HARMLESS_OPTIONS, check_entries
 from ..config import Configured, register_to_config
 from ..outputs import Output
 from .blocks import Block, BlockOptions, UNetMidBlock2D
+from .config_check import check_config
 from .embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from .loading import build_unet, check_target
-from .registry import check_block_types, make_down_block, make_up_block
+from .registry import make_down_block, make_up_block
 from .resnet import make_group_norm
 from .skip_blocks import SkipDownBlock2D, SkipUpBlock2D
 
@@ -110,7 +111,7 @@ class UNet2DModel(nn.Module, Configured):
         num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
-        _check_config(self.config)
+        check_config(self.config)
         channels = block_out_channels
         time_embed_dim = time_embedding_dim or channels[0] * 4
         options = BlockOptions(
@@ -370,32 +371,6 @@ class UNet2DModel(nn.Module, Configured):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload config and weights, with the options of `ddim_fast.checkpoints.push_to_hub`; the commit's address."""
         return push_to_hub(self, repo_id, **options)
-
-
-def _check_config(config: Any) -> None:
-    for name in ("up_block_types", "block_out_channels"):
-        if len(config[name]) != len(config.down_block_types):
-            raise ValueError(
-                f"{name} must have as many entries as down_block_types, one a resolution; "
-                f"got {len(config[name])} ({tuple(config[name])}) and {len(config.down_block_types)} "
-                f"({tuple(config.down_block_types)})"
-            )
-    check_block_types(config.down_block_types, config.up_block_types, config.in_channels, config.out_channels)
-    choices: dict[str, tuple[str | None, ...]] = {
-        "mid_block_type": ("UNetMidBlock2D", None),
-        "time_embedding_type": ("positional", "fourier", "learned"),
-        "downsample_type": ("conv", "resnet", None),
-        "upsample_type": ("conv", "resnet", None),
-        "resnet_time_scale_shift": ("default", "scale_shift"),
-        "class_embed_type": (None, "timestep", "identity"),
-    }
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {config[name]!r}")
-    if config.layers_per_block < 1:
-        raise ValueError(f"layers_per_block must be at least 1; got {config.layers_per_block}")
-    if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
-        raise ValueError("num_train_timesteps is None, but time_embedding_type='learned' needs it: a row a timestep")
 
 
 def _head_dims(head_dim: int | Sequence[int | None] | None, levels: int) -> list[int | None]:
