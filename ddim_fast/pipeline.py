@@ -78,7 +78,8 @@ class DDIMPipeline(PipelineMethods):
             generator: one `torch.Generator`, or a list with one an image; a CPU generator draws on the CPU.
             eta: 0 is DDIM, 1 is DDPM (the paper's η, section 4.1); outside [0, 1] it warns and goes on.
             num_inference_steps: from 1 to the scheduler's `num_train_timesteps`.
-            use_clipped_model_output: recompute the noise from the clipped prediction of x₀ (None means False).
+            use_clipped_model_output: recompute the noise from the clipped prediction of x₀. None is as the scheduler's
+                config has it: no, but for models converted from guided-diffusion.
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float (B, C, H, W) in [0, 1]),
                 "uint8" (array (B, H, W, C)) or "latent" (the raw sample, float32 (B, C, H, W), about [-1, 1]).
             return_dict: False returns the tuple `(images,)`.

@@ -28,7 +28,8 @@ class Request:
     `shape`: (B, C, H, W). `device`: where the steps run. The starting noise is `latents`, floating point of `shape`,
     or comes from `seeds`, int64 (B,), or is drawn from `generator` (None: PyTorch's global one). The noise of the
     steps comes from `seeds`, else from `generator`. `labels`: (B,) or (B, embedding), or None. The schedule is
-    `timesteps`, or else `num_inference_steps` of the scheduler's own.
+    `timesteps`, or else `num_inference_steps` of the scheduler's own. `use_clipped_model_output` None is as the
+    scheduler's config has it.
     """
 
     shape: tuple[int, int, int, int]
@@ -37,7 +38,7 @@ class Request:
     generator: Generators = None
     seeds: torch.Tensor | None = None
     eta: float = 0.0
-    use_clipped_model_output: bool = False
+    use_clipped_model_output: bool | None = None
     labels: torch.Tensor | None = None
     num_inference_steps: int | None = 50
     timesteps: tuple[int, ...] | None = None
@@ -69,6 +70,7 @@ def make_request(
         lists: tuple[Any, ...] = (seeds, latents, generator, class_labels)
         batch_size = next((len(each) for each in lists if _is_list(each)), 1)
     batch_size = check_count("batch_size", batch_size)
+    check_channels(config)
     shape = (batch_size, int(config["in_channels"]), *image_size(config))
     check_generator(generator, batch_size, device)
     if seeds is not None and generator is not None:
@@ -82,7 +84,7 @@ def make_request(
         generator=generator,
         seeds=None if seeds is None else seeds_tensor(seeds, batch_size),
         eta=check_eta(eta),
-        use_clipped_model_output=bool(use_clipped_model_output),
+        use_clipped_model_output=None if use_clipped_model_output is None else bool(use_clipped_model_output),
         labels=check_class_labels(config, class_labels, batch_size),
         num_inference_steps=None if timesteps is not None else check_count("num_inference_steps", num_inference_steps),
         timesteps=None if timesteps is None else tuple(timesteps),
@@ -102,6 +104,16 @@ def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
             "unet.config.sample_size is None, so the size of the images is unknown; build the model with sample_size="
         )
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def check_channels(config: Mapping[str, Any]) -> None:
+    """Raise unless a model with `config` predicts its image's channels, or those and as many of a learned variance."""
+    channels, predicted = int(config["in_channels"]), int(config["out_channels"])
+    if predicted not in (channels, 2 * channels):
+        raise ValueError(
+            f"unet.config.out_channels is {predicted} and in_channels {channels}: a model of images predicts as "
+            "many channels as they have, or twice as many with a learned variance"
+        )
 
 
 def check_count(name: str, value: Any) -> int:

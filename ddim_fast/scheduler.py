@@ -69,6 +69,8 @@ class DDIMScheduler(Configured):
         previous_timestep: where a step leads. "stride" is t - T // S, as in diffusers: the schedule's next entry for
             "leading", but not for "linspace" and "trailing". "schedule" is the next entry of the schedule, and ᾱ after
             the last step as above. Schedules with no stride, "quad" and own `timesteps`, always take the next entry.
+        use_clipped_model_output: what `use_clipped_model_output=None` means in a call: take the noise from the clipped
+            x₀ again, as guided-diffusion does.
 
     Raises:
         ValueError, NotImplementedError (beta_schedule): an argument is not one of those above.
@@ -101,6 +103,7 @@ class DDIMScheduler(Configured):
         rescale_betas_zero_snr: bool = False,
         *,
         previous_timestep: str = "stride",
+        use_clipped_model_output: bool = False,
     ) -> None:
         _check_entries(self.config)
         if trained_betas is None:
@@ -281,7 +284,7 @@ class DDIMScheduler(Configured):
         eta: float,
         timesteps: Timesteps | None = None,
         *,
-        use_clipped_model_output: bool = False,
+        use_clipped_model_output: bool | None = None,
     ) -> StepTable:
         """The updates of a whole schedule as data, on the CPU, one row a step; `self` stays as it is.
 
@@ -293,7 +296,7 @@ class DDIMScheduler(Configured):
                 above 1 can make the direction's radicand negative, which is NaN.
             timesteps: an own schedule, in which each step leads to the next entry; see `set_timesteps`.
                 (So for `self.timesteps` as `set_timesteps` chose them, pass None and not `timesteps=self.timesteps`.)
-            use_clipped_model_output: take the direction from the clipped x₀.
+            use_clipped_model_output: take the direction from the clipped x₀; None is as the config has it.
 
         Raises:
             ValueError, TypeError: `eta` is not finite, or the schedule is wrong; see `set_timesteps`.
@@ -322,8 +325,11 @@ class DDIMScheduler(Configured):
             prediction_type=config.prediction_type,
             clip_range=float(config.clip_sample_range) if clips else None,
             thresholding=(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None,
-            use_clipped_model_output=use_clipped_model_output,
+            use_clipped_model_output=self._takes_clipped(use_clipped_model_output),
         )
+
+    def _takes_clipped(self, given: bool | None) -> bool:
+        return bool(self.config.use_clipped_model_output if given is None else given)
 
     @overload
     def step(
@@ -370,7 +376,7 @@ class DDIMScheduler(Configured):
             timestep: t, an integer or a tensor with one.
             sample: x_t, (B, C, ...), floating point of any dtype.
             eta: 0 is DDIM (deterministic), 1 is DDPM.
-            use_clipped_model_output: take the noise from the clipped x₀ again.
+            use_clipped_model_output: take the noise from the clipped x₀ again; None is as the config has it.
             generator: draws the noise when `eta` > 0; see `ddim_fast.noise.randn_tensor`.
             variance_noise: the noise itself, in place of `generator`.
             return_dict: False returns the tuple (prev_sample, pred_original_sample).
@@ -415,7 +421,7 @@ class DDIMScheduler(Configured):
             original,
             epsilon,
             row,
-            use_clipped_model_output=bool(use_clipped_model_output),
+            use_clipped_model_output=self._takes_clipped(use_clipped_model_output),
             noise=variance_noise,
         )
         if not return_dict:

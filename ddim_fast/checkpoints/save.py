@@ -136,9 +136,10 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _write_scheduler(scheduler: Any, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     entries = _entries(scheduler.config, type(scheduler).__name__)
-    if entries.get("previous_timestep") == "stride":
-        # What diffusers does, too, and has no name for.
-        del entries["previous_timestep"]
+    # What diffusers does, too, and has no name for.
+    for name, default in (("previous_timestep", "stride"), ("use_clipped_model_output", False)):
+        if entries.get(name) == default:
+            del entries[name]
     _write_json(folder / SCHEDULER_CONFIG, entries)
     return SCHEDULER_CONFIG
 

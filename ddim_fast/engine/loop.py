@@ -85,7 +85,15 @@ def predict_plain(unet: Callable[..., Any]) -> Predict:
 
 
 def call_unet(unet: Callable[..., Any], sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-    """The output of a UNet module for `sample` at `timestep`; unconditional ones are called with these two alone."""
+    """What a UNet module predicts of `sample` (B, C, H, W) at `timestep`, without the variance that some learned.
+
+    Unconditional ones are called with these two alone.
+    """
+    return call_whole_unet(unet, sample, timestep, labels)[:, : sample.shape[1]]
+
+
+def call_whole_unet(unet: Callable[..., Any], sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
+    """All that a UNet module puts out: (B, C, H, W), or (B, 2C, H, W) with a learned variance in the second half."""
     output: Tensor = unet(sample, timestep, *(() if labels is None else (labels,))).sample
     return output
 

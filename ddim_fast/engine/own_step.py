@@ -14,7 +14,7 @@ from ..noise import step_noise
 from ..request import Request
 from .forward import fused_forward, time_table
 from .layout import nchw
-from .loop import call_unet, start
+from .loop import call_unet, call_whole_unet, start
 from .pack import PackedUNet
 from .uploads import upload
 
@@ -54,7 +54,10 @@ def run_own_step(
     options = step_options(scheduler, request)
     seeds, sample = start(request, unet.dtype)
     labels = None if request.labels is None else upload(request.labels, request.device)
-    forward = plain_forward(unet, labels) if packed is None else packed_forward(unet, packed, labels)
+    if reads_variance(scheduler, unet):
+        forward = whole_forward(unet, labels)
+    else:
+        forward = plain_forward(unet, labels) if packed is None else packed_forward(unet, packed, labels)
     scale = getattr(scheduler, "scale_model_input", None)
     sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
     for index, timestep in enumerate(scheduler.timesteps):
@@ -71,9 +74,12 @@ def step_options(scheduler: Scheduler, request: Request) -> dict[str, Any]:
     """The arguments of `step` that the request decides, of those that it takes."""
     parameters = inspect.signature(scheduler.step).parameters
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    clipped = request.use_clipped_model_output
+    if clipped is None:
+        clipped = bool(getattr(scheduler, "config", {}).get("use_clipped_model_output", False))
     wanted = {
         "eta": request.eta,
-        "use_clipped_model_output": request.use_clipped_model_output,
+        "use_clipped_model_output": clipped,
         "generator": request.generator,
     }
     needed = {name for name, value in wanted.items() if value and name != "generator"}
@@ -86,6 +92,18 @@ def step_options(scheduler: Scheduler, request: Request) -> dict[str, Any]:
             "leave it out, or use a DDIMScheduler"
         )
     return {name: value for name, value in wanted.items() if takes_all or name in parameters}
+
+
+def reads_variance(scheduler: Scheduler, unet: Any) -> bool:
+    """Whether `scheduler`, of a class that knows learned variances, wants the one that `unet` predicts."""
+    kind = str(getattr(scheduler, "config", {}).get("variance_type"))
+    known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return known and kind.startswith("learned") and unet.config.out_channels > unet.config.in_channels
+
+
+def whole_forward(unet: Any, labels: Tensor | None) -> Forward:
+    """The readable modules with all that they predict: packed weights leave the variance out."""
+    return lambda sample, timestep: call_whole_unet(unet, sample, timestep, labels).float()
 
 
 def plain_forward(unet: Any, labels: Tensor | None) -> Forward:

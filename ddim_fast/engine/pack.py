@@ -168,13 +168,25 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
             mid=mid,
             up=up,
             norm_out=norm_out,
-            conv_out=packer.conv(unet.conv_out),
+            conv_out=packer.conv(_image_part(unet)),
             time_weight=torch.cat([projection.weight for projection in projections]).float(),
             time_bias=torch.cat(packer.time_biases),
             center_input=bool(unet.config.center_input_sample),
             dtype=unet.dtype,
             device=unet.device,
         )
+
+
+def _image_part(unet: UNet2DModel) -> nn.Conv2d:
+    """The last convolution without the channels of a learned variance, which DDIM does not read."""
+    conv, channels = unet.conv_out, unet.conv_in.in_channels
+    if conv.out_channels != 2 * channels:
+        return conv
+    part = nn.Conv2d(conv.in_channels, channels, kernel_size=3, padding=1, device="meta")
+    part.weight = nn.Parameter(conv.weight.detach()[:channels], requires_grad=False)
+    assert conv.bias is not None
+    part.bias = nn.Parameter(conv.bias.detach()[:channels], requires_grad=False)
+    return part
 
 
 def may_take_over(weight: Tensor) -> bool:

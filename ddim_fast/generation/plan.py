@@ -112,7 +112,7 @@ def _image_shape(config: Mapping[str, Any], format: str) -> list[int]:
     if size is None:
         raise ValueError("the model's sample_size is None, so the size of its images is unknown; build it with one")
     height, width = (size, size) if isinstance(size, int) else size
-    channels, most = int(config["out_channels"]), formats.load(format).MOST_CHANNELS
+    channels, most = int(config["in_channels"]), formats.load(format).MOST_CHANNELS
     if most is not None and channels > most:
         raise ValueError(
             f"format {format!r} holds PNGs, which have 1 to {most} channels; the model makes {channels}: use npz"

@@ -133,20 +133,13 @@ def shapes_only(settings):
 def test_ten_steps_sample_as_there(repository, settings, engine):
     """Rising timesteps as the repositories space "ddim10"; x₀ is clipped in most steps."""
     state = random_state(settings)
-    pipe = DDIMPipeline(*build(converted(settings, repository, state, out_channels=3)))
+    pipe = DDIMPipeline(*build(converted(settings, repository, state)))
     pipe.engine = engine
     start, _, labels = inputs(settings, batch=2)
     timesteps = list(range(0, settings.steps, settings.steps // 10))
     with torch.no_grad():
         theirs = ddim_samples(Network(settings, state), start, timesteps, labels)
-        ours = pipe(
-            latents=start,
-            batch_size=2,
-            class_labels=labels,
-            timesteps=timesteps[::-1],
-            output_type="latent",
-            use_clipped_model_output=True,
-        )
+        ours = pipe(latents=start, batch_size=2, class_labels=labels, timesteps=timesteps[::-1], output_type="latent")
     assert relative(ours.images, theirs) <= 1e-4
 
 
@@ -157,9 +150,7 @@ def test_another_schedule_gives_other_samples(mutant):
     start, _, _ = inputs(settings, batch=2)
     timesteps = list(range(0, 500, 50))
     pipe = DDIMPipeline(*build(converted(replace(settings, **mutant), "guided-diffusion", state)))
-    ours = pipe(
-        latents=start, batch_size=2, timesteps=timesteps[::-1], output_type="latent", use_clipped_model_output=True
-    ).images
+    ours = pipe(latents=start, batch_size=2, timesteps=timesteps[::-1], output_type="latent").images
     with torch.no_grad():
         theirs = ddim_samples(Network(settings, state), start, timesteps)
     assert relative(ours, theirs) > 1e-2
