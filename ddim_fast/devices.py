@@ -1,31 +1,45 @@
-"""The device that a `--device` option names."""
+"""Devices by the names that users give."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
 if TYPE_CHECKING:
     import torch
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device called `name`. Raises `ValueError` if that is no device, or one that PyTorch does not find here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise ValueError(f"device must be one that is there; got {name!r}, but there are {found} CUDA devices")
+    elif device.type != "cpu":
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            # Each backend has errors of its own.
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"device must be one that is there; got {name!r}, but: {reason}") from None
+    return device
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `--device` means. Raises `click.BadParameter` for one that is not there."""
+    import click
     import torch
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise click.BadParameter(
-            f"{name!r} is no device; use auto, cpu, cuda or cuda:N", param_hint="--device"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise click.BadParameter(
-            f"{name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu", param_hint="--device"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} is not supported; use auto, cpu, cuda or cuda:N", param_hint="--device")
-    return device
+        return usable_device(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from None

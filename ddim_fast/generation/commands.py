@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from .formats import FORMATS
+from .spoken import spoken
 
 EXAMPLES = """
 \b
@@ -114,6 +115,8 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
         _fail(ctx, 130, "stopped; run the same command again to go on where it stopped")
     except Terminated:
         _fail(ctx, 143, "terminated; run the same command again to go on where it stopped")
+    except Exception as error:
+        _fail_unexpectedly(ctx, error)
     if not log_json:
         click.echo(report)
 
@@ -134,7 +137,9 @@ def verify_command(ctx: click.Context, out: str, repair: bool, hashes: Any) -> N
         _fail(ctx, 2, str(error))
     except JobError as error:
         _fail(ctx, 1, str(error))
-    click.echo(result)
+    except Exception as error:
+        _fail_unexpectedly(ctx, error)
+    click.echo(_in_options(ctx, str(result)))
     if repair and (result.damaged or result.files):
         dropped = f"{len(result.damaged)} damaged chunks" if result.damaged else ", ".join(result.files)
         click.echo(f"dropped {dropped}; run the same `ddim-fast generate` command again")
@@ -192,5 +197,18 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 
 def _fail(ctx: click.Context, code: int, message: str) -> NoReturn:
-    click.echo(f"{ctx.command_path}: {message}", err=True)
+    click.echo(f"{ctx.command_path}: {_in_options(ctx, message)}", err=True)
     ctx.exit(code)
+
+
+def _fail_unexpectedly(ctx: click.Context, error: Exception) -> NoReturn:
+    """One line for what no job expects, such as a library that is broken; `ddim-fast -vv` shows where it was."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        raise error
+    text = " ".join(str(error).split())
+    _fail(ctx, 1, f"{type(error).__name__}: {text}; what is finished is safe, and ddim-fast -vv shows where it was")
+
+
+def _in_options(ctx: click.Context, message: str) -> str:
+    options = {param.name or "": param.opts[0] for param in ctx.command.params if isinstance(param, click.Option)}
+    return spoken(message, {**options, "class_labels": "--class"})

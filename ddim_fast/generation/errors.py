@@ -17,7 +17,12 @@ def bad_images(seeds: list[int]) -> BadImages:
     """The error for the bad images of `seeds`."""
     shown = ", ".join(str(seed) for seed in seeds[:5]) + (" …" if len(seeds) > 5 else "")
     return BadImages(
-        f"NaN or infinite images for seeds {shown}; try dtype float32 or bfloat16, or pass on_bad 'skip' "
-        "(--on-bad skip) to leave such images out and record them",
+        f"NaN or infinite images for seeds {shown}; try `dtype` float32 or bfloat16, or pass `on_bad='skip'` "
+        "to leave such images out and record them",
         seeds,
     )
+
+
+def remedy(out: str) -> str:
+    """The call that finds and drops what is damaged in the job at `out`."""
+    return f"call verify({out!r}, repair=True)"

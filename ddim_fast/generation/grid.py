@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import JobError
+from .errors import JobError, remedy
 from .formats.png import write_png
 from .job import Job
 from .records import Records, finish_record, write_finish_record
@@ -29,7 +29,7 @@ def write_grid(job: Job, store: Store, finished: Records, grid: str) -> None:
         sheet = contact_sheet(list(islice(read_images(job, store, finished), GRID_IMAGES)))
     except (FileNotFoundError, ValueError) as error:
         raise JobError(
-            f"images are missing or damaged ({error}); run `ddim-fast verify --repair {store.out}`, then this again"
+            f"images are missing or damaged ({error}); {remedy(store.out)}, then run the job again"
         ) from error
     if sheet is None:
         return

@@ -72,7 +72,7 @@ def find_job(store: Store) -> Found:
     if len(whole) == 2 and len({json.dumps(job.settings, sort_keys=True) for job, _ in whole.values()}) == 2:
         raise ValueError(
             f"{store.out}/{SETTINGS_FILE} and its copy {SETTINGS_COPY} are of two jobs; remove the one that is not of "
-            "the images there, then run the same command again"
+            "the images there, then run the job again"
         )
     job, text = next(iter(whole.values()))
     return Found(job, text, missing, damaged)
@@ -86,8 +86,8 @@ def read_job(store: Store) -> Job | None:
     found = find_job(store)
     if found.job is None and found.damaged:
         raise ValueError(
-            f"{'; '.join(found.problems)}: not the settings of a job; run the command of the job again, which goes on "
-            "with what its records tell"
+            f"{'; '.join(found.problems)}: not the settings of a job; run the job again with its own settings, and it "
+            "goes on with what its records tell"
         )
     return found.job
 
@@ -111,7 +111,7 @@ def check_in_place(store: Store, job: Job) -> None:
         if there.settings == job.settings:
             return
         problem = "was replaced by that of another job"
-    raise JobError(f"{store.out}/{SETTINGS_FILE} {problem} while the job ran; run the same command again")
+    raise JobError(f"{store.out}/{SETTINGS_FILE} {problem} while the job ran; run the job again")
 
 
 def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], out: str) -> None:

@@ -25,7 +25,7 @@ class Labels:
             if self.classes or embed:
                 classes = f" of {self.classes} classes" if self.classes else ""
                 raise ValueError(
-                    f"class_labels is None, but the model is class-conditional{classes}; "
+                    f"class_labels is missing, but the model is class-conditional{classes}; "
                     "pass a class, a list with one label per seed, or 'uniform'"
                 )
             self.setting: int | str | None = None

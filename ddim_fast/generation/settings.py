@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 
+from ..devices import usable_device
 from ..engine import ENGINES
 from ..request import check_eta
 from . import formats
@@ -81,6 +82,8 @@ class JobSettings:
     log: TextIO | None = None
 
     def __post_init__(self) -> None:
+        if not os.fspath(self.out).strip():
+            raise ValueError(f"out is {self.out!r}; name the job's folder, such as 'samples'")
         _check_ray(self)
         for name in ("num_inference_steps", "chunk_size"):
             value = getattr(self, name)
@@ -90,7 +93,7 @@ class JobSettings:
             raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {self.batch_size!r}")
         check_eta(self.eta)
         if self.device is not None:
-            _check_device(self.device)
+            usable_device(self.device)
         format = formats.load(self.format)
         if self.subdirs and not format.SUBDIRS:
             raise ValueError(f"subdirs puts PNGs into folders; it does not apply to format {self.format!r}")
@@ -109,7 +112,10 @@ class JobSettings:
     @property
     def name(self) -> str | None:
         """The model's name as the user gave it; None for a pipeline."""
-        return os.fspath(self.pipe) if isinstance(self.pipe, str | os.PathLike) else None
+        if not isinstance(self.pipe, str | os.PathLike):
+            return None
+        # A name on disk may hold bytes that are no text, which JSON cannot keep.
+        return os.fspath(self.pipe).encode(errors="replace").decode()
 
 
 def takes(settings: Callable[P, JobSettings]) -> Callable[[Callable[[JobSettings], Result]], Callable[P, Result]]:
@@ -178,7 +184,7 @@ def _check_ray(settings: JobSettings) -> None:
     workers, gpus = settings.workers, settings.gpus_per_worker
     for name, value in (("workers", workers), ("gpus_per_worker", gpus)):
         if value is not None and settings.ray is None:
-            raise ValueError(f"{name} is {value}, but applies to ray only; pass ray as well, or leave it out")
+            raise ValueError(f"{name} is {value}, but applies to ray only; pass `ray` as well, or leave it out")
     if settings.ray is None:
         return
     if workers is not None and workers < 1:
@@ -187,13 +193,3 @@ def _check_ray(settings: JobSettings) -> None:
         raise ValueError(f"gpus_per_worker must be 0, a fraction such as 0.5, or more, got {gpus}")
     if settings.device is not None and str(settings.device).startswith("cuda"):
         raise ValueError(f"ray gives each worker its GPUs; leave out device {str(settings.device)!r}")
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= devices:
-        raise ValueError(f"device must be one that is there; got {device!r}, but there are {devices} CUDA devices")

@@ -10,6 +10,8 @@ from typing import TextIO
 from tqdm import tqdm
 
 from .ahead import ahead
+from .errors import JobError
+from .explain import explain
 from .grid import is_sheet_name
 from .job import Job
 from .job_file import find_job, mend, read_job
@@ -67,10 +69,17 @@ def verify(
     holds no job, and `JobError` if `repair` finds a run at work on it.
     """
     store = open_store(out, "verify")
+    try:
+        return _verify(store, repair, hashes, progress)
+    except OSError as error:
+        raise JobError(explain(error, store)) from error
+
+
+def _verify(store: Store, repair: bool, hashes: TextIO | None, progress: bool) -> Verification:
     job, found, finished = read_job(store), find_job(store), read_records(store)
     if job is None:
-        lost = "; its records are there: run the command of the job again, which goes on with what they tell"
-        raise ValueError(f"{os.fspath(out)} holds no job (no {SETTINGS_FILE}{lost if recorded_chunks(store) else ''})")
+        lost = "; its records are there: run the job again with its own settings"
+        raise ValueError(f"{store.out} holds no job (no {SETTINGS_FILE}{lost if recorded_chunks(store) else ''})")
     result = Verification(store.out, len(job.seeds))
     result.problems += [*found.problems, *_check_records(job, store, finished)]
     missing = list(job.missing(finished))
@@ -91,7 +100,7 @@ def verify(
         result.files.append(name)
         result.problems.append(f"{name} {problem}")
     if not missing and not is_finished(store):
-        result.problems.append("the files of the whole job are not written yet; run the same command again")
+        result.problems.append("the files of the whole job are not written yet; run the job again")
     result.problems += [f"{name} is not of this job" for name in _strays(job, store)]
     if hashes is not None:
         _write_hashes(job, store, hashes)

@@ -1,5 +1,6 @@
 """`ddim-fast generate` and `ddim-fast verify` as they are typed."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from fake_jobs import FakePipeline, make, tree
 
-from ddim_fast.generation import plan, verify
+from ddim_fast.generation import JobError, JobSettings, generate, plan, verify
 from ddim_fast.generation.commands import generate_command, verify_command
 
 
@@ -83,18 +84,25 @@ def test_a_shard_says_where_it_was_read(tmp_path, model, monkeypatch):
         (("--seeds", "9-3"), "runs backwards"),
         (("--class", "dog"), "--class must be a number or uniform, got 'dog'"),
         (("--class", "10"), "0 to 9"),
-        ((), "class-conditional"),
+        ((), "--class is missing, but the model is class-conditional"),
         (("--labels", "/nowhere"), "--labels: .*nowhere"),
         (("--labels", "/nowhere", "--class", "1"), "exclude each other"),
         (("--batch", "some"), "--batch must be a number or auto"),
-        (("--device", "tpu0"), "device must be"),
-        (("--device", "cuda:99"), "device must be"),
-        (("--steps", "0"), "num_inference_steps must be"),
+        (("--device", "tpu0"), "--device must be"),
+        (("--device", "mps"), "--device must be one that is there; got 'mps'"),
+        (("--device", "meta"), "--device must be"),
+        (("--device", "cuda:99"), "--device must be"),
+        (("--steps", "0"), "--steps must be"),
+        (("--chunk-size", "0"), "--chunk-size must be"),
+        (("--batch", "0"), "--batch must be"),
+        (("--eta", "2"), "--eta must lie"),
+        (("--seeds", "5,5"), "--seeds names 5 twice"),
+        (("--overwrite", "--shard", "0/2"), "--overwrite cannot be combined with shard 0/2"),
         (("--shard", "2/2"), "shards count from 0"),
-        (("--workers", "2"), "workers is 2, but applies to ray only"),
+        (("--workers", "2"), "--workers is 2, but applies to ray only; pass --ray as well"),
         (("--class", "9" * 20), "holds 99999999999999999999"),
-        (("--steps", "2000"), "num_inference_steps must be 1 to 1000, got 2000"),
-        (("--grid", "/nowhere/a.png"), "no folder /nowhere"),
+        (("--steps", "2000"), "--steps must be 1 to 1000, got 2000"),
+        (("--grid", "/nowhere/a.png"), "--grid is .*no folder /nowhere"),
         (("--seeds", f"0-{2**63 - 1}"), "at most"),
         (("--grid", "a.png", "--no-grid"), "exclude each other"),
         (("--format", "npz", "--subdirs"), "subdirs"),
@@ -105,6 +113,8 @@ def test_bad_arguments_end_with_exit_code_2_and_one_clear_line(tmp_path, model, 
     assert result.exit_code == 2
     assert len(result.output.splitlines()) == 1
     assert re.search(message, result.output)
+    python = {field.name for field in dataclasses.fields(JobSettings) if "_" in field.name.strip("_")}
+    assert not python.intersection(re.findall(r"\w+", result.output))
     assert not (tmp_path / "out").exists()
 
 
@@ -119,7 +129,7 @@ def test_a_job_that_stops_exits_1_and_says_what_is_safe(tmp_path, model):
     model.bad = {20}
     result = run(generate_command, "MODEL", "--class", 1, "--batch", 8, "--chunk-size", 8, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "--on-bad skip" in result.output
+    assert "pass --on-bad skip" in result.output
     assert "16 of 64 images are done and safe" in result.output
 
 
@@ -188,3 +198,46 @@ def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, model, 
     model.calls.clear()
     assert run(generate_command, *arguments).exit_code == 0
     assert len(model.calls) == 4
+
+
+def test_other_settings_are_told_in_the_words_of_who_asks(tmp_path, model):
+    arguments = ("MODEL", "--class", 1, "--batch", 8, "--out", tmp_path)
+    run(generate_command, *arguments)
+    told = run(generate_command, *arguments, "--steps", 20, "--eta", 1).output
+    assert "other settings: --steps is 50, now 20; --eta is 0.0, now 1.0." in told
+    assert "start again with --overwrite" in told
+    with pytest.raises(ValueError, match=r"num_inference_steps is 50, now 20\..*`overwrite`"):
+        generate(model, "0-63", tmp_path, class_labels=1, batch_size=8, num_inference_steps=20, shard="0/1")
+
+
+def test_the_remedy_for_a_missing_image_is_a_command_or_a_call(tmp_path, model):
+    arguments = ("MODEL", "--class", 1, "--seeds", "0-9", "--out", tmp_path / "my run")
+    run(generate_command, *arguments)
+    (tmp_path / "my run/000004.png").unlink()
+    (tmp_path / "my run/grid.png").unlink()
+    told = run(generate_command, *arguments)
+    assert told.exit_code == 1
+    assert f"run `ddim-fast verify --repair '{tmp_path}/my run'`" in told.output
+    with pytest.raises(JobError, match=r"call verify\('.*my run', repair=True\)"):
+        generate(model, "0-9", tmp_path / "my run", class_labels=1, shard="0/1")
+
+
+@pytest.mark.parametrize("out", ["", "  "])
+def test_an_empty_name_for_the_folder_is_refused_and_nothing_written(tmp_path, model, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    result = run(generate_command, "MODEL", "--class", 1, "--out", out)
+    assert result.exit_code == 2
+    assert f"--out is {out!r}; name the job's folder" in result.output
+    assert not os.listdir(tmp_path)
+
+
+def test_an_error_of_a_library_is_one_line_and_no_traceback(tmp_path, model):
+    def fail(**_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    model.sample_uint8 = fail
+    result = run(generate_command, "MODEL", "--class", 1, "--out", tmp_path)
+    assert result.exit_code == 1
+    said = [line for line in result.output.splitlines() if line and "img/s" not in line]
+    assert len(said) == 1
+    assert "RuntimeError: Failed to find C compiler. Please specify one.; what is finished is safe" in said[0]

@@ -103,7 +103,7 @@ def test_a_disk_that_fills_stops_the_job_and_leaves_nothing_half_written(tmp_pat
 
     def work():
         mount(disk, "size=120k")
-        with pytest.raises(JobError, match=r"no space left for .*run the same command again; \d+ of 400 images"):
+        with pytest.raises(JobError, match=r"no space left for .*run the job again; \d+ of 400 images"):
             make(disk / "out", "0-399", format=format, chunk_size=16)
         left = tree(disk / "out")
         assert left

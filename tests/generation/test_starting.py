@@ -86,7 +86,7 @@ def test_an_image_removed_by_hand_is_named_with_the_remedy(tmp_path):
     make(tmp_path, "0-9")
     os.unlink(tmp_path / "000004.png")
     os.unlink(tmp_path / "grid.png")
-    with pytest.raises(JobError, match=r"000004\.png.*verify --repair"):
+    with pytest.raises(JobError, match=r"000004\.png.*call verify\(.*repair=True\)"):
         make(tmp_path, "0-9")
     assert verify(tmp_path, repair=True).damaged == [0]
     assert make(tmp_path, "0-9").made == 10

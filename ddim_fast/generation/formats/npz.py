@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from ..ahead import ahead
-from ..errors import JobError
+from ..errors import JobError, remedy
 from ..records import chunk_digest, images_of_begun
 from ..store import digest_of
 
@@ -108,10 +108,7 @@ def _take(job: Job, store: Store, index: int, finished: Records) -> tuple[bytes,
     except FileNotFoundError:
         pixels = b""
     if chunk_digest([pixels]) != finished[index]["sha256"]:
-        raise JobError(
-            f"chunk {index} of {ARRAY} is damaged; run `ddim-fast verify --repair {store.out}`, "
-            "then this command again"
-        )
+        raise JobError(f"chunk {index} of {ARRAY} is damaged; {remedy(store.out)}, then run the job again")
     return pixels, [chunk.labels[at] for at in kept] if chunk.labels is not None else []
 
 
