@@ -130,7 +130,7 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
         if path.is_file() and not path.is_symlink() and path.stat().st_size:
             try:
                 done.append(f"{path.relative_to(out)}: {chance.choice(DAMAGES)(path, chance)}")
-            except ValueError:
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 done.append(f"{path.relative_to(out)}: {cut(path, chance)}")
     what = f"seed {seed}, {format}, {'; '.join(done)}"
     steps: list[tuple[str, Callable[[], object]]] = [
