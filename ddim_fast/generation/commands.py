@@ -99,14 +99,15 @@ def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
     log_json = options.pop("log_json")
     try:
         asked = _asked(options)
-        from .run import generate as run
+        from .run import run_job
         from .settings import JobSettings, shard_of
 
-        source = shard_of(JobSettings(model, **asked))
-        if source[2] and not log_json:
-            click.echo("shard {}/{}, from {}".format(*source), err=True)
+        settings = JobSettings(model, log=sys.stdout if log_json else None, **asked)
+        index, count, source = shard_of(settings)
+        if source and not log_json:
+            click.echo(f"shard {index}/{count}, from {source}", err=True)
         with _stopping_on_sigterm():
-            report = run(model, log=sys.stdout if log_json else None, **asked)
+            report = run_job(settings)
     except (ValueError, TypeError) as error:
         _fail(ctx, 2, str(error))
     except JobError as error:

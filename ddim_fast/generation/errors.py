@@ -9,7 +9,7 @@ class JobError(RuntimeError):
     """A job stopped or could not start; the message says why, what is safe and what to do."""
 
 
-class BadImages(JobError, BadImagesError):
+class BadImages(BadImagesError, JobError):
     """Images came out NaN or infinite and `on_bad` is `"stop"`; `bad` lists their seeds."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .batch_size import choose_batch_size
 from .claim import claim
-from .errors import JobError
+from .errors import BadImages, JobError
 from .explain import explain
 from .finish import finish_job
 from .grid import write_grid
@@ -46,6 +46,11 @@ def generate(settings: JobSettings) -> Report:
         >>> report.done, report.complete
         (4, True)
     """
+    return run_job(settings)
+
+
+def run_job(settings: JobSettings) -> Report:
+    """`generate`, for settings that are built already."""
     index, count, _ = shard_of(settings)
     seeds = as_seeds(settings.seeds)
     store = open_store(settings.out, f"{index}-of-{count}")
@@ -99,8 +104,10 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
                 store.close(finished=False)
             safe = _what_is_safe(store, job, report)
             bar.event("stopped", reason=str(error) or type(error).__name__, done=report.done, total=report.shard_total)
+            if isinstance(error, BadImages):
+                raise BadImages(f"{error}; {safe}", error.bad) from error
             if isinstance(error, JobError):
-                raise type(error)(f"{error}; {safe}") from error
+                raise JobError(f"{error}; {safe}") from error
             if isinstance(error, OSError):
                 raise JobError(f"{explain(error, store)}; {safe}") from error
             raise

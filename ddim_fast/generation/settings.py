@@ -87,9 +87,9 @@ class JobSettings:
         _check_ray(self)
         for name in ("num_inference_steps", "chunk_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_count(value):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+        if self.batch_size != "auto" and not _is_count(self.batch_size):
             raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {self.batch_size!r}")
         check_eta(self.eta)
         if self.device is not None:
@@ -168,6 +168,10 @@ def grid_file(settings: JobSettings, num_images: int) -> str | None:
     if isinstance(settings.grid, bool):
         return DEFAULT_GRID if settings.grid else None
     return settings.grid
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_grid(grid: str | bool | None) -> None:

@@ -34,7 +34,7 @@ class Settings(TypedDict):
     seeds: str
     class_labels: int | str | None
     num_inference_steps: Size
-    eta: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    eta: float
     timesteps: list[Count] | None
     format: str
     subdirs: bool

@@ -109,7 +109,10 @@ def _verify(store: Store, repair: bool, hashes: TextIO | None, progress: bool) -
             store.prepare()
             mend(store, found)
             if result.damaged or result.files:
-                write_finish_record(store, _whole_files(job, store), complete=False)
+                # A contact sheet that is lost is not missed again: the next run may want none.
+                known = _whole_files(job, store)
+                kept = {name: known[name] for name in known if name in job.format.WHOLE or name not in result.files}
+                write_finish_record(store, kept, complete=False)
                 drop_records(store, finished, result.damaged)
             store.close(finished=True)
     return result

@@ -123,7 +123,7 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
     home.mkdir(parents=True)
     (home / "thesis.txt").write_text("three years of work")
     make(out, format=format, **JOB)
-    images = {name: data for name, data in tree(out).items() if not name.startswith(".ddim-fast")}
+    images = {name: data for name, data in tree(out).items() if not name.startswith((".ddim-fast", "job.json"))}
     done = []
     for _ in range(chance.choice([1, 1, 1, 2])):
         path = out / chance.choice(STATE_FILES)

@@ -95,7 +95,7 @@ def test_a_shard_says_where_it_was_read(tmp_path, model, monkeypatch):
         (("--steps", "0"), "--steps must be"),
         (("--chunk-size", "0"), "--chunk-size must be"),
         (("--batch", "0"), "--batch must be"),
-        (("--eta", "2"), "--eta must lie"),
+        (("--eta", "nan"), "--eta must be a finite number"),
         (("--seeds", "5,5"), "--seeds names 5 twice"),
         (("--overwrite", "--shard", "0/2"), "--overwrite cannot be combined with shard 0/2"),
         (("--shard", "2/2"), "shards count from 0"),

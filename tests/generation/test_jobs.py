@@ -164,8 +164,9 @@ def test_files_that_no_job_wrote_are_not_written_over(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_nan_image_stops_the_job_or_is_skipped_and_recorded(tmp_path, format):
-    with pytest.raises(BadImages, match=r"seeds 35; .*skip.*32 of 100 images are done and safe"):
+    with pytest.raises(BadImages, match=r"seeds 35; .*skip.*32 of 100 images are done and safe") as stopped:
         make(tmp_path, pipe=FakePipeline(bad=[35]), format=format)
+    assert stopped.value.bad == [35]
     report = make(tmp_path, pipe=FakePipeline(bad=[35, 99]), format=format, on_bad="skip")
     assert report.bad == [35, 99]
     checked = verify(tmp_path)
@@ -252,6 +253,8 @@ def test_a_small_png_job_gets_a_contact_sheet_and_a_large_one_keeps_its_folder_c
         ({"num_inference_steps": 0}, "num_inference_steps must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"batch_size": "big"}, "'auto'"),
+        ({"batch_size": True}, "'auto', got True"),
+        ({"out": ""}, "out is ''"),
         ({"chunk_size": -1}, "chunk_size must be"),
         ({"eta": float("nan")}, "eta must be a finite number, 0 .DDIM. to 1 .DDPM.; got nan"),
         ({"format": "jpg"}, "format must be one of png, npz, webdataset, parquet"),
@@ -264,7 +267,7 @@ def test_a_small_png_job_gets_a_contact_sheet_and_a_large_one_keeps_its_folder_c
 )
 def test_a_wrong_argument_is_named_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make(tmp_path / "out", **wrong)
+        make(**{"out": tmp_path / "out", **wrong})
     assert not (tmp_path / "out").exists()
 
 
