@@ -4,6 +4,16 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+# A checkout without symbolic links (Windows without developer mode, some archives) has a text file in its place.
+if not Path("ddim_fast/kernels").is_dir():
+    raise SystemExit(
+        "ddim_fast/kernels is no folder but should be a symbolic link to ../kernels: this checkout was made without "
+        "symbolic links. Clone again with `git clone -c core.symlinks=true`, or install a wheel or an sdist, which "
+        "need none."
+    )
+
+# CUDA builds of PyTorch for Linux bring the one that fits.
+cuda = ["triton>=3.2; platform_system == 'Linux'"]
 peers = ["diffusers>=0.30", "accelerate"]
 webdataset = ["webdataset"]
 parquet = ["pyarrow"]
@@ -23,7 +33,7 @@ test = [
         "import-linter",
         "clang-format",
     ),
-    *(*peers, *webdataset, *parquet, *plots, *ray, *s3, "datasets", "moto[server]"),
+    *(*cuda, *peers, *webdataset, *parquet, *plots, *ray, *s3, "datasets", "moto[server]"),
 ]
 
 cpu = Path("ddim_fast/engine/cpu")
@@ -56,7 +66,6 @@ setup(
     ext_modules=[cpu_kernels],
     install_requires=[
         "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
         "numpy",
         "pillow",
         "safetensors",
@@ -69,6 +78,7 @@ setup(
         "pyyaml",
     ],
     extras_require={
+        "cuda": cuda,
         "ray": ray,
         "webdataset": webdataset,
         "parquet": parquet,

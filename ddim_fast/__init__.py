@@ -1,8 +1,13 @@
 """A drop-in `DDIMPipeline`, rebuilt for speed: `from ddim_fast import DDIMPipeline`."""
 
+from typing import TYPE_CHECKING
+
 from .pipeline import DDIMPipeline, ImagePipelineOutput
 from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
+
+if TYPE_CHECKING:
+    from .generation import generate
 
 __all__ = ["DDIMPipeline", "DDIMScheduler", "ImagePipelineOutput", "UNet2DModel", "__version__", "generate"]
 __version__ = "0.1.0"
