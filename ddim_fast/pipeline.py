@@ -5,31 +5,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Literal, TypedDict, overload
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from typing_extensions import TypeVar, Unpack
 
 from .engine.own_step import set_schedule
 from .outputs import BadImagesError, Output
 from .pipeline_methods import PipelineMethods, adopt_scheduler, adopt_unet
 from .request import Generators, Labels, Request, Seeds, make_request
-from .scheduler import DDIMScheduler, follows_its_table
-from .unet import UNet2DModel
+from .scheduler import follows_its_table
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
+Images = TypeVar("Images", default=list[Image.Image] | np.ndarray | torch.Tensor)
+
+
 @dataclass
-class ImagePipelineOutput(Output):
+class ImagePipelineOutput(Output, Generic[Images]):
     """What a pipeline call returns; `images` is reached by attribute, index 0 or key.
 
     `images`: a list of `PIL.Image` ("pil"), a float32 array (B, H, W, C) in [0, 1] ("np"), a float tensor
     (B, C, H, W) in [0, 1] ("pt"), a uint8 array (B, H, W, C) ("uint8") or the raw sample ("latent").
     """
 
-    images: list[Image.Image] | np.ndarray | torch.Tensor
+    images: Images
+
+
+class Inputs(TypedDict, total=False):
+    """What a call takes by keyword alone: the overloads of `DDIMPipeline.__call__` share it."""
+
+    latents: torch.Tensor | None
+    seeds: Seeds
+    class_labels: Labels
+    timesteps: Sequence[int] | None
 
 
 class DDIMPipeline(PipelineMethods):
@@ -50,9 +63,106 @@ class DDIMPipeline(PipelineMethods):
         (32, 32)
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=adopt_unet(unet), scheduler=adopt_scheduler(scheduler))
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["pil"] = ...,
+        return_dict: Literal[True] = ...,
+        **inputs: Unpack[Inputs],
+    ) -> ImagePipelineOutput[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["pil"] = ...,
+        return_dict: Literal[False],
+        **inputs: Unpack[Inputs],
+    ) -> tuple[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["np", "uint8"],
+        return_dict: Literal[True] = ...,
+        **inputs: Unpack[Inputs],
+    ) -> ImagePipelineOutput[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["np", "uint8"],
+        return_dict: Literal[False],
+        **inputs: Unpack[Inputs],
+    ) -> tuple[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[True] = ...,
+        **inputs: Unpack[Inputs],
+    ) -> ImagePipelineOutput[torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        *,
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[False],
+        **inputs: Unpack[Inputs],
+    ) -> tuple[torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int | None = ...,
+        generator: Generators = ...,
+        eta: float = ...,
+        num_inference_steps: int = ...,
+        use_clipped_model_output: bool | None = ...,
+        output_type: str | None = ...,
+        return_dict: bool = ...,
+        **inputs: Unpack[Inputs],
+    ) -> ImagePipelineOutput[Any] | tuple[Any]: ...
 
     @torch.no_grad()
     def __call__(
@@ -69,7 +179,7 @@ class DDIMPipeline(PipelineMethods):
         seeds: Seeds = None,
         class_labels: Labels = None,
         timesteps: Sequence[int] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput[Any] | tuple[Any]:
         """Generate `batch_size` images. The first seven arguments and what they do are diffusers'.
 
         Args:

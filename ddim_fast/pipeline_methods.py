@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -157,15 +158,38 @@ class PipelineMethods:
     # Loading and saving
 
     @classmethod
-    def from_pretrained(cls: type[P], pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> P:
+    def from_pretrained(
+        cls: type[P],
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        unet: torch.nn.Module | None = None,
+        scheduler: Any = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        **options: Any,
+    ) -> P:
         """Load a pipeline from a local folder, the Hugging Face Hub, or the package ("ddim-fast/digits").
 
-        Options: `torch_dtype`, `device`, `variant`, `revision`, `cache_dir`, `token`, `local_files_only`,
-        `force_download`, `subfolder`, `use_safetensors`, and `unet=` or `scheduler=` to use in place of the stored
-        one. Entries of the scheduler's config, such as `beta_end`, win over the stored ones. For a checkpoint file of
-        the original DDIM repository, guided-diffusion or improved-diffusion, what its tensors do not show is said by
-        `config`, `flags`, `repository`, `size`, `out_channels` and `null_label`, as in
-        `ddim_fast.checkpoints.Training`. Nothing that a file names is imported or run.
+        Args:
+            pretrained_model_name_or_path: the folder, or the name on the Hub.
+            unet, scheduler: one of them, to use in place of the stored one.
+            torch_dtype, device: of the UNet; float32 on the CPU where they are not given.
+            variant, revision, cache_dir, token, local_files_only, force_download, subfolder, use_safetensors: as in
+                `ddim_fast.checkpoints.Lookup`.
+            options: entries of the scheduler's config, such as `beta_end`, win over the stored ones. For a checkpoint
+                file of the original DDIM repository, guided-diffusion or improved-diffusion, what its tensors do not
+                show is said by `config`, `flags`, `repository`, `size`, `out_channels` and `null_label`, as in
+                `ddim_fast.checkpoints.Training`. What diffusers takes beside these changes nothing here.
+
+        Nothing that a file names is imported or run.
 
         Example:
             >>> from ddim_fast import DDIMPipeline
@@ -173,30 +197,36 @@ class PipelineMethods:
             >>> pipe.dtype
             torch.bfloat16
         """
-        given = {name: options.pop(name) for name in ("unet", "scheduler") if name in options}
         for name in sorted(HARMLESS_OPTIONS & options.keys()):
             options.pop(name)
             log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
-        if given.keys() == {"unet", "scheduler"}:
+        if unet is not None and scheduler is not None:
             raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
         training = checkpoints.Training.taken_from(options, inspect.signature(DDIMScheduler).parameters)
-        if "scheduler" in given and training.scheduler:
+        if scheduler is not None and training.scheduler:
             raise ValueError(f"scheduler is given, and {', '.join(training.scheduler)} with it; pass only one of them")
-        dtype, device = check_target(options.pop("torch_dtype", None), options.pop("device", None))
-        unet = given.get("unet")
+        dtype, device = check_target(torch_dtype, device)
+        lookup = checkpoints.Lookup(
+            variant=variant,
+            use_safetensors=use_safetensors,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            training=training,
+            **options,
+        )
         if unet is not None:
-            scheduler = DDIMScheduler.from_stored(
-                checkpoints.read_scheduler(
-                    pretrained_model_name_or_path, checkpoints.Lookup(**options, training=training)
-                )
-            )
+            stored_scheduler = checkpoints.read_scheduler(pretrained_model_name_or_path, lookup)
         else:
-            stored = checkpoints.read_pipeline(
-                pretrained_model_name_or_path, checkpoints.Lookup(**options, training=training)
-            )
+            stored = checkpoints.read_pipeline(pretrained_model_name_or_path, lookup)
             unet = build_unet(UNet2DModel, stored.unet, dtype=dtype, device=device)
-            scheduler = DDIMScheduler.from_stored(stored.scheduler)
-        parts: dict[str, Any] = {"unet": unet, "scheduler": given.get("scheduler", scheduler)}
+            stored_scheduler = stored.scheduler
+        if scheduler is None:
+            scheduler = DDIMScheduler.from_stored(stored_scheduler)
+        parts: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
         pipe = cls(**parts)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
