@@ -23,9 +23,9 @@ from cpu_results import Row
 from unets import UNETS
 
 from ddim_fast import UNet2DModel
-from ddim_fast.bench import agreement, cold
-from ddim_fast.bench.contenders import Unavailable, load
-from ddim_fast.bench.models import write_model
+from ddim_fast.bench_command import agreement, cold
+from ddim_fast.bench_command.contenders import Unavailable, load
+from ddim_fast.bench_command.models import write_model
 
 CPU = torch.device("cpu")
 ERROR = 2e-5

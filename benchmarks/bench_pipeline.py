@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim_fast.bench import agreement
-from ddim_fast.bench.contenders import ENGINES, PEERS, Unavailable, load
-from ddim_fast.bench.models import write_model
+from ddim_fast.bench_command import agreement
+from ddim_fast.bench_command.contenders import ENGINES, PEERS, Unavailable, load
+from ddim_fast.bench_command.models import write_model
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

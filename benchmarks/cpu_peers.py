@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_fast.bench.contenders import Unavailable
+from ddim_fast.bench_command.contenders import Unavailable
 
 OURS = "ddim_fast"
 PEERS = ("diffusers", "channels-last", "torch.compile", "ONNX Runtime", "OpenVINO")

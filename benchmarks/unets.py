@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddim_fast.bench.models import RANDOM_MODELS
+from ddim_fast.bench_command.models import RANDOM_MODELS
 
 UNETS: dict[str, dict[str, Any]] = {
     # The model that ships with the package: examples/train_digits.py.

@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "ddim_fast.generation.commands:generate_command",
     "verify": "ddim_fast.generation.commands:verify_command",
     "info": "ddim_fast.cli:info",
-    "bench": "ddim_fast.bench.command:bench",
+    "bench": "ddim_fast.bench_command.command:bench",
 }
 
 

@@ -76,8 +76,8 @@ def load_pipeline(
         except OSError as error:
             raise ValueError(f"cannot load the model {os.fspath(name)!r}: {error}") from error
         pipe.set_progress_bar_config(disable=True)
-    elif device is not None or dtype is not None:
-        pipe.to(**{key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None})
+    elif device is not None or torch_dtype is not None:
+        pipe.to(**{key: value for key, value in (("device", device), ("dtype", torch_dtype)) if value is not None})
     if engine is not None:
         # The pipeline checks it.
         pipe.engine = cast(EngineName, engine)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel, cli
-from ddim_fast.bench import agreement, cold, contenders, launches, measuring, models, plotting, report
-from ddim_fast.bench.measuring import NotRun, Results, Timing
+from ddim_fast.bench_command import agreement, cold, contenders, launches, measuring, models, plotting, report
+from ddim_fast.bench_command.measuring import NotRun, Results, Timing
 
 CPU = torch.device("cpu")
 COLD = {part: 1.0 for part in report.PARTS}
