@@ -58,7 +58,7 @@ def job_lock(folder: str, index: int, count: int) -> Iterator[None]:
 def _locked_by_kernel(path: str, wait: bool) -> Iterator[None]:
     mode = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, mode)
             # The owner before us may have removed the file between our open and our lock.

@@ -58,13 +58,9 @@ def contents(job: Job, store: Store, seeds: Sequence[int], index: int, finished:
     images = {other: finished[other]["images"] for other in range(index) if other in finished}
     images.update(images_of_begun(store, [other for other in range(index) if other not in finished]))
     before = sum(images[other] if other in images else len(job.chunk_seeds(other)) for other in range(index))
-    try:
-        with store.open(ARRAY) as file, zipfile.ZipFile(file) as archive:
-            data_at = _data_offset(archive, file)
-            file.seek(data_at + before * image)
-            return [file.read(len(seeds) * image)]
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{ARRAY}: {error}") from None
+    with store.open(ARRAY) as file:
+        file.seek(_data_offset(file) + before * image)
+        return [file.read(len(seeds) * image)]
 
 
 def decode(job: Job, seeds: Sequence[int], contents: Sequence[bytes]) -> Iterator[np.ndarray]:
@@ -123,13 +119,16 @@ def _write_header(member: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) ->
     np.lib.format.write_array_header_1_0(member, header)
 
 
-def _data_offset(archive: zipfile.ZipFile, file: IO[bytes]) -> int:
-    """Where the pixels of `arr_0` start in `file`."""
-    with archive.open("arr_0.npy") as member:
-        np.lib.format.read_magic(member)
-        np.lib.format.read_array_header_1_0(member)
-        header = member.tell()
-    info = archive.getinfo("arr_0.npy")
-    file.seek(info.header_offset + 26)
-    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return int(info.header_offset + 30 + name + extra + header)
+def _data_offset(file: IO[bytes]) -> int:
+    """Where the pixels of `arr_0`, the first member, start in `file`. Raises `ValueError` if that is damaged.
+
+    By what comes before them: damage at the end of a zip, where its table is, takes no image along.
+    """
+    start = file.read(30)
+    name, extra = (int.from_bytes(start[at : at + 2], "little") for at in (26, 28))
+    if start[:4] != b"PK\3\4" or file.read(name) != b"arr_0.npy":
+        raise ValueError(f"{ARRAY} does not start with arr_0.npy")
+    file.seek(extra, 1)
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    return file.tell()
