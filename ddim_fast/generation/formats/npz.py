@@ -101,7 +101,7 @@ def _take(job: Job, store: Store, index: int, finished: Records) -> tuple[bytes,
     kept = [at for at, seed in enumerate(chunk.seeds) if seed not in bad]
     try:
         (pixels,) = contents(job, store, [chunk.seeds[at] for at in kept], index, finished)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         pixels = b""
     if chunk_digest([pixels]) != finished[index]["sha256"]:
         raise JobError(f"chunk {index} of {ARRAY} is damaged; {remedy(store.out)}, then run the job again")
