@@ -6,8 +6,9 @@ of the noise an update adds.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -16,23 +17,17 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 import torch
 
-from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler, save_scheduler
+from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler
 from .checkpoints.lookup import HARMLESS_OPTIONS, check_entries
-from .config import Configured, register_to_config
-from .entries import check_flag, check_number, check_whole
+from .config import Configured, init_arguments, register_to_config
 from .noise import randn_tensor
+from .once import log_once
 from .outputs import Output
+from .scheduler_entries import OTHER_SCHEDULERS_ENTRIES, PEER_SCHEDULERS, check_scheduler_config
 from .schedules import Timesteps, check_timesteps, make_betas, own_betas, rescale_zero_terminal_snr, spaced_timesteps
 from .step_table import StepTable, dynamic_threshold, make_step_table
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quad")
-PREVIOUS_TIMESTEPS = ("stride", "schedule")
-
-# Entries of the configs of diffusers' DDPM and PNDM schedulers, old versions included, that DDIM has no use for.
-OTHER_SCHEDULERS_ENTRIES = frozenset({"variance_type", "skip_prk_steps", "timestep_values", "tensor_format"})
-
-_MOST_TIMESTEPS = 10**6
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="DDIMScheduler")
 Generators = torch.Generator | list[torch.Generator] | None
@@ -54,7 +49,7 @@ class DDIMScheduler(Configured):
         beta_start, beta_end: the first and the last β.
         beta_schedule: "linear" (DDPM), "scaled_linear" (linear in sqrt(β)) or "squaredcos_cap_v2" (cosine,
             arXiv:2102.09672, which needs neither beta_start nor beta_end).
-        trained_betas: own βs, at least T of them, in place of a schedule.
+        trained_betas: own βs in place of a schedule; sampling reaches as many timesteps as there are.
         clip_sample: clip the predicted x₀ to ±`clip_sample_range`.
         set_alpha_to_one: ᾱ after the last step is 1; else it is ᾱ_0.
         steps_offset: added to the timesteps of the spacings that start at 0, "leading" and "quad".
@@ -82,6 +77,9 @@ class DDIMScheduler(Configured):
     """
 
     order = 1
+    config_name = "scheduler_config.json"
+    has_compatibles = True
+    omitted_defaults = frozenset({"previous_timestep", "use_clipped_model_output"})
 
     @register_to_config
     def __init__(
@@ -105,14 +103,14 @@ class DDIMScheduler(Configured):
         previous_timestep: str = "stride",
         use_clipped_model_output: bool = False,
     ) -> None:
-        _check_entries(self.config)
+        check_scheduler_config(self.config)
         if trained_betas is None:
             self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
         else:
             # A list is what JSON can hold, and what configs can be compared by.
             values = np.asarray(trained_betas, dtype=np.float64).tolist()
             self.register_to_config(trained_betas=values)
-            self.betas = own_betas(values, num_train_timesteps)
+            self.betas = own_betas(values)
         if rescale_betas_zero_snr:
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
@@ -127,31 +125,16 @@ class DDIMScheduler(Configured):
         return int(self.config.num_train_timesteps)
 
     @classmethod
-    def from_config(cls: type[S], config: Mapping[str, Any], **overrides: Any) -> S:
-        """Build a scheduler from `config`: ours, or that of a diffusers DDIM, DDPM or PNDM scheduler.
-
-        As in diffusers, entries that only hold the defaults of the class that wrote them give way to DDIM's, and
-        entries that DDIM has no use for, such as DDPM's `variance_type`, stay in the config. Entries that no such
-        scheduler has are kept too, and named in a warning once.
-
-        Example:
-            >>> scheduler = DDIMScheduler.from_config(DDIMScheduler().config, timestep_spacing="trailing")
-            >>> scheduler.config.timestep_spacing
-            'trailing'
-        """
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config must be a mapping such as `scheduler.config`, got {type(config).__name__}")
-        defaults = {"_use_default_values", *config.get("_use_default_values", ())}
-        entries = {name: value for name, value in config.items() if name not in defaults} | overrides
+    def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         # Configs older than `prediction_type` say it this way.
         if entries.pop("predict_epsilon", True) is False:
             entries.setdefault("prediction_type", "sample")
-        kept = {name: entries.pop(name) for name in OTHER_SCHEDULERS_ENTRIES & entries.keys()}
-        if "_class_name" in entries:
-            entries["_class_name"] = "DDIMScheduler"
-        scheduler = super().from_config(entries)
-        scheduler.register_to_config(**kept)
-        return scheduler
+        known = set(init_arguments(cls))
+        return entries, {name: entries.pop(name) for name in (OTHER_SCHEDULERS_ENTRIES & entries.keys()) - known}
+
+    @classmethod
+    def _compatible_names(cls) -> list[str]:
+        return list(PEER_SCHEDULERS)
 
     @classmethod
     def from_pretrained(
@@ -202,9 +185,12 @@ class DDIMScheduler(Configured):
         except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{stored.where} describes no scheduler that can be built: {error}") from error
 
-    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
-        """Write `scheduler_config.json` into `save_directory`; diffusers loads it too."""
-        save_scheduler(self, save_directory)
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
+        """Write `scheduler_config.json` into `save_directory`; diffusers loads it too. The options: `save_config`."""
+        self.save_config(save_directory, push_to_hub, **options)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the scheduler to the Hub; see `ddim_fast.checkpoints.push_to_hub` for the options."""
@@ -247,13 +233,43 @@ class DDIMScheduler(Configured):
                     f"num_inference_steps is {num_inference_steps}, but timesteps has {len(entries)} entries; "
                     "pass only one of them"
                 )
-            return entries, True
+            return self._within_betas(entries), True
         if num_inference_steps is None:
             raise ValueError("num_inference_steps is None and there are no timesteps; pass one of them")
         entries = spaced_timesteps(
             config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
         )
-        return entries, config.timestep_spacing == "quad" or config.previous_timestep == "schedule"
+        return self._within_betas(entries), config.timestep_spacing == "quad" or config.get(
+            "previous_timestep"
+        ) == "schedule"
+
+    def _within_betas(self, entries: list[int]) -> list[int]:
+        """`entries`; raises `ValueError` if there are too few `trained_betas` for the first of them."""
+        count = len(self.alphas_cumprod)
+        if max(entries) >= count:
+            raise ValueError(
+                f"the timesteps begin at {max(entries)}, but trained_betas has {count} entries; "
+                f"build the scheduler with num_train_timesteps={count}"
+            )
+        return entries
+
+    def _check_signal(self, entries: list[int]) -> None:
+        """Raise where x₀ cannot be told from the noise: at ᾱ 0, unclipped, the predicted noise gives ±infinity."""
+        config = self.config
+        if config.prediction_type != "epsilon" or not config.rescale_betas_zero_snr:
+            return
+        if self.alphas_cumprod[entries[0]] != 0:
+            return
+        advice = (
+            f"rescale_betas_zero_snr=True leaves nothing of the image at timestep {entries[0]}, where a model with "
+            "prediction_type='epsilon' cannot say what it is; for a model that was trained so, take "
+            "prediction_type='v_prediction' or 'sample', else rescale_betas_zero_snr=False or "
+            "timestep_spacing='leading'"
+        )
+        if config.clip_sample or config.thresholding:
+            log_once(logger, logging.WARNING, f"{advice}; the first step starts from clipped infinities")
+        else:
+            raise ValueError(advice)
 
     def _previous_timestep(self, timestep: int) -> int:
         """Where the update at `timestep` leads; negative: to the image."""
@@ -292,8 +308,8 @@ class DDIMScheduler(Configured):
 
         Args:
             num_inference_steps: S. None, with no `timesteps` either, is the schedule that `set_timesteps` chose.
-            eta: η of equation 16: 0 is DDIM, 1 is DDPM. As in diffusers, values below 0 add no noise, and values
-                above 1 can make the direction's radicand negative, which is NaN.
+            eta: η of equation 16: 0 is DDIM, 1 is DDPM. As in diffusers, values below 0 add no noise. Where σ² leaves
+                nothing for the direction (rounding errors at 1, and values above 1), its coefficient is 0.
             timesteps: an own schedule, in which each step leads to the next entry; see `set_timesteps`.
                 (So for `self.timesteps` as `set_timesteps` chose them, pass None and not `timesteps=self.timesteps`.)
             use_clipped_model_output: take the direction from the clipped x₀; None is as the config has it.
@@ -310,6 +326,7 @@ class DDIMScheduler(Configured):
             previous = [*entries[1:], -1] if uneven else [entry - stride for entry in entries]
         # Python's floats hold float32 exactly, and a list is faster to look up than a tensor.
         prods, final = self.alphas_cumprod.tolist(), self.final_alpha_cumprod.item()
+        self._check_signal(entries)
         now = torch.tensor([prods[t] for t in entries], dtype=torch.float32)
         after = torch.tensor([prods[t] if t >= 0 else final for t in previous], dtype=torch.float32)
         signal_scale, noise_scale, c_x0, c_direction, c_noise = _coefficients(now, after, eta)
@@ -329,7 +346,7 @@ class DDIMScheduler(Configured):
         )
 
     def _takes_clipped(self, given: bool | None) -> bool:
-        return bool(self.config.use_clipped_model_output if given is None else given)
+        return bool(self.config.get("use_clipped_model_output") if given is None else given)
 
     @overload
     def step(
@@ -397,6 +414,7 @@ class DDIMScheduler(Configured):
         config = self.config
         timestep = int(timestep)
         previous = self._previous_timestep(timestep)
+        self._check_signal([timestep])
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"model_output has the shape {tuple(model_output.shape)}, but sample {tuple(sample.shape)}; "
@@ -484,7 +502,9 @@ def follows_its_table(scheduler: Any) -> bool:
 
 
 def _variance(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
-    return ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
+    variance = ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
+    # Where ᾱ_t is 1 (a first β of 0) there is no noise, and the fraction is 0 / 0.
+    return variance.where(prod < 1, torch.zeros_like(variance))
 
 
 def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tuple[torch.Tensor, ...]:
@@ -495,25 +515,6 @@ def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tu
     if not math.isfinite(eta):
         raise ValueError(f"eta must be a finite number, 0 (DDIM) to 1 (DDPM); got {eta}")
     sigma = eta * _variance(prod, prod_prev) ** 0.5
-    direction = (1 - prod_prev - sigma**2) ** 0.5
+    # With eta 1 the difference is 0 where ᾱ_t is, and rounding errors can take it below.
+    direction = (1 - prod_prev - sigma**2).clamp(min=0) ** 0.5
     return prod**0.5, (1 - prod) ** 0.5, prod_prev**0.5, direction, sigma if eta > 0 else torch.zeros_like(sigma)
-
-
-def _check_entries(config: Any) -> None:
-    """Raises `ValueError`, naming the entry, for a config that no noise schedule can be built from."""
-    _check_one_of("prediction_type", config.prediction_type, PREDICTION_TYPES)
-    _check_one_of("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
-    _check_one_of("previous_timestep", config.previous_timestep, PREVIOUS_TIMESTEPS)
-    check_whole("num_train_timesteps", config.num_train_timesteps, 1, _MOST_TIMESTEPS)
-    check_whole("steps_offset", config.steps_offset, -_MOST_TIMESTEPS, _MOST_TIMESTEPS)
-    for name in ("beta_start", "beta_end", "dynamic_thresholding_ratio"):
-        check_number(name, config[name], 0, 1)
-    for name in ("clip_sample_range", "sample_max_value"):
-        check_number(name, config[name], 0, 1e6)
-    for name in ("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"):
-        check_flag(name, config[name])
-
-
-def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

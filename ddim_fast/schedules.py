@@ -32,11 +32,13 @@ def make_betas(schedule: str, start: float, end: float, count: int) -> torch.Ten
     )
 
 
-def own_betas(betas: list[float], count: int) -> torch.Tensor:
-    """`betas` as a float32 tensor; raises unless they are at least `count` numbers in 0 to 1."""
+def own_betas(betas: list[float]) -> torch.Tensor:
+    """`betas` as a float32 tensor; raises unless they are one or more numbers in 0 to 1."""
     tensor = torch.tensor(betas, dtype=torch.float32)
-    if tensor.ndim != 1 or len(tensor) < count:
-        raise ValueError(f"trained_betas must hold num_train_timesteps={count} values, got {tuple(tensor.shape)}")
+    if tensor.ndim != 1 or len(tensor) == 0:
+        raise ValueError(
+            f"trained_betas must be a list of numbers, one a timestep; got the shape {tuple(tensor.shape)}"
+        )
     if not bool(((tensor >= 0) & (tensor <= 1)).all()):
         raise ValueError(f"trained_betas must lie in 0 to 1, got {tensor.min().item()} to {tensor.max().item()}")
     return tensor

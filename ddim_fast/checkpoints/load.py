@@ -59,7 +59,7 @@ def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> Sto
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training)
     lookup.training.check_folder(str(name_or_path))
-    with _looked_at(name_or_path, lookup, _find_pipeline) as (unet, scheduler):
+    with looked_at(name_or_path, lookup, _find_pipeline) as (unet, scheduler):
         return StoredPipeline(unet=_read_network(unet), scheduler=scheduler)
 
 
@@ -69,7 +69,7 @@ def read_unet(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredN
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training).unet
     lookup.training.check_folder(str(name_or_path))
-    with _looked_at(name_or_path, lookup, _find_unet) as unet:
+    with looked_at(name_or_path, lookup, _find_unet) as unet:
         return _read_network(unet)
 
 
@@ -79,7 +79,7 @@ def read_scheduler(name_or_path: NameOrPath, lookup: Lookup | None = None) -> St
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training).scheduler
     lookup.training.check_folder(str(name_or_path))
-    with _looked_at(name_or_path, lookup, _find_scheduler) as scheduler:
+    with looked_at(name_or_path, lookup, _find_scheduler) as scheduler:
         return scheduler
 
 
@@ -126,7 +126,7 @@ class _FoundNetwork:
 
 
 @contextmanager
-def _looked_at(name_or_path: NameOrPath, lookup: Lookup, find: Callable[[Source, Lookup], T]) -> Iterator[T]:
+def looked_at(name_or_path: NameOrPath, lookup: Lookup, find: Callable[[Source, Lookup], T]) -> Iterator[T]:
     """What `find` found while nothing changed; its files are open until the block ends."""
     deadline = time.monotonic() + _PATIENCE
     while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import FORMAT_VERSION, stored_entries, to_json
 from .atomic import replace_together
 from .layout import PIPELINE_INDEX, SCHEDULER_CONFIG, STEM, UNET_CLASSES, UNET_CONFIG, check_variant
 
 PathLike = str | os.PathLike[str]
-
-# The release of diffusers whose format this is.
-FORMAT_VERSION = "0.30.0"
-# How an object came about, which a file does not say.
-_NOT_STORED = ("_name_or_path", "_use_default_values", "_pre_quantization_dtype", "_ignore_files")
 
 
 def save_pipeline(
@@ -75,9 +70,19 @@ def save_unet(
     replace_together(Path(path), lambda folder: _write_unet(unet, folder, safe_serialization, variant, max_shard_size))
 
 
+def save_config(config: Mapping[str, Any], class_name: str, file_name: str, path: PathLike) -> None:
+    """Write the config of a `class_name` alone, as the file `file_name` in the folder `path`; see `save_pipeline`."""
+
+    def write(folder: Path) -> list[str]:
+        _write_json(folder / file_name, stored_entries(config, class_name))
+        return [file_name]
+
+    replace_together(Path(path), write)
+
+
 def save_scheduler(scheduler: Any, path: PathLike) -> None:
     """Write a scheduler's `scheduler_config.json`; see `save_pipeline`."""
-    replace_together(Path(path), lambda folder: [_write_scheduler(scheduler, folder)])
+    save_config(scheduler.config, type(scheduler).__name__, SCHEDULER_CONFIG, path)
 
 
 def _check_options(variant: Any, max_shard_size: Any) -> None:
@@ -102,7 +107,7 @@ def _write_unet(
     if unreal:
         raise ValueError(f"the network has no values for {', '.join(unreal[:3])} …: they are on the meta device")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / UNET_CONFIG, _entries(unet.config, UNET_CLASSES[0]))
+    _write_json(folder / UNET_CONFIG, stored_entries(unet.config, UNET_CLASSES[0]))
     infix = f".{variant}" if variant else ""
     extension = "safetensors" if safe_serialization else "bin"
     split = split_torch_state_dict_into_shards(
@@ -135,29 +140,13 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_scheduler(scheduler: Any, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    entries = _entries(scheduler.config, type(scheduler).__name__)
-    # What diffusers does, too, and has no name for.
-    for name, default in (("previous_timestep", "stride"), ("use_clipped_model_output", False)):
-        if entries.get(name) == default:
-            del entries[name]
-    _write_json(folder / SCHEDULER_CONFIG, entries)
+    _write_json(folder / SCHEDULER_CONFIG, stored_entries(scheduler.config, type(scheduler).__name__))
     return SCHEDULER_CONFIG
-
-
-def _entries(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
-    entries = {name: value for name, value in config.items() if name not in _NOT_STORED}
-    return {"_diffusers_version": FORMAT_VERSION, **entries, "_class_name": class_name}
 
 
 def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
     try:
-        text = json.dumps(entries, indent=2, sort_keys=True, default=_plain)
+        text = to_json(entries)
     except TypeError as error:
         raise TypeError(f"{path.name} cannot be written: {error}") from error
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"an entry is a {type(value).__name__} ({value!r}), which JSON has no form for")
+    path.write_text(text, encoding="utf-8")

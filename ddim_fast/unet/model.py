@@ -33,7 +33,7 @@ class UNet2DOutput(Output):
     sample: Tensor
 
 
-class UNet2DModel(nn.Module, Configured):
+class UNet2DModel(Configured, nn.Module):
     """A UNet over images with a time embedding and, if wanted, class labels (Ho et al. 2020, Song et al. 2021).
 
     Its config, parameter names and results are those of `diffusers.UNet2DModel`, so state dicts go both ways.
@@ -77,6 +77,12 @@ class UNet2DModel(nn.Module, Configured):
         >>> unet(torch.randn(4, 3, 32, 32), timestep=10).sample.shape
         torch.Size([4, 3, 32, 32])
     """
+
+    config_name = "config.json"
+    # What diffusers' training scripts and tools ask of a model class.
+    _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules: list[str] | None = None
+    _skip_layerwise_casting_patterns = ("norm",)
 
     @register_to_config
     def __init__(
