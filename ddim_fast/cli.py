@@ -14,11 +14,13 @@ from typing import Any
 import click
 
 from . import __version__
+from .convert import in_options, loading_options, model_options, recognized_file, recognized_lines
 
 # Each command imports what it needs when it is asked for, so that --help answers at once.
 COMMANDS = {
     "generate": "ddim_fast.generation.commands:generate_command",
     "verify": "ddim_fast.generation.commands:verify_command",
+    "convert": "ddim_fast.convert:convert_command",
     "info": "ddim_fast.cli:info",
     "bench": "ddim_fast.bench_command.command:bench",
 }
@@ -48,6 +50,7 @@ def group(verbose: int) -> None:
     ddim-fast generate ddim-fast/digits --out samples     the bundled model, 64 digits
     ddim-fast generate ./my-model --seeds 0-49999 --out fid --format npz
     ddim-fast info ./my-model                             which engine would run, and why
+    ddim-fast convert ckpt.pth --out my-model             a checkpoint of another repository
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
@@ -63,17 +66,29 @@ def group(verbose: int) -> None:
     show_default=True,
     help="auto is float32.",
 )
-def info(model: str | None, device: str, dtype: str) -> None:
+@model_options
+def info(model: str | None, device: str, dtype: str, **values: Any) -> None:
     """Versions, compilers and devices; with MODEL also its size, which engine would run, and why.
 
-    MODEL is a local folder, a name on the Hub such as google/ddpm-cifar10-32, or ddim-fast/digits.
+    MODEL is a local folder, a name on the Hub such as google/ddpm-cifar10-32, ddim-fast/digits, or a checkpoint file
+    of the original DDIM repository, guided-diffusion or improved-diffusion: what it was recognized as, what was given
+    and what had to be assumed is said, too.
     """
+    told = loading_options(values)
+    if model is None and told:
+        raise click.UsageError(f"--{next(iter(told)).replace('_', '-')} is about a MODEL; name one")
     for name, value in [*version_lines(), *compiled_lines(), *device_lines()]:
         click.echo(f"{name:<12} {value}")
     if model is None:
         click.echo(f"{'engines':<12} graph and fused on CUDA, fused on the CPU, plain anywhere")
         return
-    for name, value in model_lines(model, device, dtype):
+    try:
+        recognized = recognized_file(model, told)
+        lines = [] if recognized is None else recognized_lines(recognized)
+        lines += model_lines(model, device, dtype, told)
+    except (ValueError, TypeError, OSError) as error:
+        raise click.UsageError(in_options(str(error))) from error
+    for name, value in lines:
         click.echo(f"{name:<12} {value}")
 
 
@@ -123,7 +138,7 @@ def device_lines() -> list[tuple[str, str]]:
     return lines
 
 
-def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
+def model_lines(model: str, device: str, dtype: str, told: dict[str, Any] | None = None) -> list[tuple[str, str]]:
     """What a model is, and how it would run."""
     import torch
 
@@ -132,7 +147,7 @@ def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
     from .request import image_size
 
     target = pick_device(device)
-    options: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    options: dict[str, Any] = dict(told or {}) | ({} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)})
     pipe = DDIMPipeline.from_pretrained(model, device=target, **options)
     config = pipe.unet.config
     height, width = image_size(config)
@@ -143,8 +158,7 @@ def model_lines(model: str, device: str, dtype: str) -> list[tuple[str, str]]:
         ("model", model),
         (
             "images",
-            f"{height}x{width}, {config.out_channels} channels, "
-            + (f"{classes} classes" if classes else "no classes"),
+            f"{height}x{width}, {config.in_channels} channels, " + (f"{classes} classes" if classes else "no classes"),
         ),
         ("parameters", f"{pipe.unet.num_parameters() / 1e6:.1f} million, {weights / 2**20:.1f} MiB in {pipe.dtype}"),
         ("blocks", ", ".join([*config.down_block_types, *config.up_block_types])),

@@ -142,7 +142,7 @@ def _nothing_found(source: Source, root: str, part: str, config: str) -> str:
         return (
             f"{place} has a UNet but no scheduler ({config}), so it is not a whole pipeline; load the network with "
             f"`unet = UNet2DModel.from_pretrained({place!r})` and build `DDIMPipeline(unet, DDIMScheduler())` with "
-            "the noise schedule it was trained with"
+            "the noise schedule it was trained with, or give that here: num_train_timesteps=, beta_schedule=, …"
         )
     return f"{place} has no {part} ({config}), neither in {part}/ nor beside it; it holds: {listed}"
 

@@ -20,6 +20,9 @@ _UNET_ENTRIES = {
     "resnet_eps": "norm_eps",
     "num_head_channels": "attention_head_dim",
 }
+_MOVING_AVERAGE = frozenset(
+    ["decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power", "optimization_step"]
+)
 _SCHEDULER_ENTRIES = {"timesteps": "num_train_timesteps"}
 _TOP_MODULES = {
     "time_steps": "time_proj",
@@ -35,6 +38,9 @@ _ATTENTION_NAME = re.compile(rf"(.*\battentions\.\d+\.)({'|'.join(LEGACY_ATTENTI
 def modernize_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Renamed entries under today's names; a block type `UNetResDownBlock2D` is today's `DownBlock2D`."""
     entries = _renamed(config, _UNET_ENTRIES)
+    if "optimization_step" in entries:
+        # A moving average of weights that diffusers' training script saves says how it was taken, too.
+        entries = {name: value for name, value in entries.items() if name not in _MOVING_AVERAGE}
     for name in ("down_block_types", "up_block_types"):
         if isinstance(entries.get(name), list):
             entries[name] = [str(kind).replace("UNetRes", "") for kind in entries[name]]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from ..once import log_once
@@ -111,7 +111,7 @@ class _Located:
     """Where the parts of a pipeline lie, and the files that loading it needs."""
 
     unet: str
-    scheduler: str
+    scheduler: str | None
     weights: Weights
     needed: list[str]
 
@@ -152,13 +152,32 @@ def looked_at(name_or_path: NameOrPath, lookup: Lookup, find: Callable[[Source, 
 def _locate(source: Source, lookup: Lookup) -> _Located:
     root = lookup.root
     unet = part_folder(source, root, "unet", UNET_CONFIG)
-    scheduler = part_folder(source, root, "scheduler", SCHEDULER_CONFIG)
+    scheduler = _scheduler_folder(source, lookup)
     weights = find_weights(source, unet, lookup.variant, lookup.use_safetensors)
     index = [join(root, PIPELINE_INDEX)] if PIPELINE_INDEX in source.names(root) else []
     if index and (unused := unused_components(source.read(index[0]))):
         log_once(logger, logging.WARNING, f"{source.title}: only its unet is used, not {', '.join(unused)}")
-    needed = [*index, join(unet, UNET_CONFIG), join(scheduler, SCHEDULER_CONFIG), *weights.needed]
+    config = [] if scheduler is None else [join(scheduler, SCHEDULER_CONFIG)]
+    needed = [*index, join(unet, UNET_CONFIG), *config, *weights.needed]
     return _Located(unet, scheduler, weights, needed)
+
+
+def _scheduler_folder(source: Source, lookup: Lookup) -> str | None:
+    """The folder of the scheduler's config: the pipeline's, or one above a network that `subfolder` names.
+
+    So `checkpoint-500/unet_ema` of a training run takes the run's scheduler. None if there is none, but the user says
+    the noise schedule.
+    """
+    try:
+        return part_folder(source, lookup.root, "scheduler", SCHEDULER_CONFIG)
+    except FileNotFoundError:
+        for above in PurePosixPath(lookup.root).parents if lookup.root else ():
+            place = join("" if str(above) == "." else str(above), "scheduler")
+            if SCHEDULER_CONFIG in source.names(place):
+                return place
+        if lookup.training.scheduler:
+            return None
+        raise
 
 
 def _find_pipeline(source: Source, lookup: Lookup) -> tuple[_FoundNetwork, StoredScheduler]:
@@ -194,7 +213,9 @@ def _read_network(found: _FoundNetwork) -> StoredNetwork:
     return StoredNetwork(found.config, modernize_attention(modernize_names(tensors)), origin, found.where)
 
 
-def _scheduler_config(folder: Folder, inside: str, lookup: Lookup) -> StoredScheduler:
+def _scheduler_config(folder: Folder, inside: str | None, lookup: Lookup) -> StoredScheduler:
+    if inside is None:
+        return StoredScheduler(lookup.training.over({}), str(folder.top))
     path = join(inside, SCHEDULER_CONFIG)
     where = str(folder.top / path)
     config = lookup.training.over(modernize_scheduler_config(folder.read(path)))

@@ -84,7 +84,7 @@ def read_original(
         if "trained_betas" in given:
             guessed = {name: value for name, value in guessed.items() if name == "num_train_timesteps"}
         if guessed:
-            listed = ", ".join(f"{name}={value}" for name, value in guessed.items())
+            listed = ", ".join(f"{name} {value}" for name, value in guessed.items())
             assumed.append(f"{listed}, as in all configs of the repository; if others, give them or config=")
     title = "a network of the original DDIM repository" + (f", by {told.where}" if told else "")
     tensors = _modern_names(state, len(entries["block_out_channels"]))

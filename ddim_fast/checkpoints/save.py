@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from ..config import FORMAT_VERSION, stored_entries, to_json
 from .atomic import replace_together
+from .card import loads_in_diffusers
 from .layout import PIPELINE_INDEX, SCHEDULER_CONFIG, STEM, UNET_CLASSES, UNET_CONFIG, check_variant
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -106,6 +110,11 @@ def _write_unet(
     unreal = [name for name, tensor in state.items() if tensor.is_meta]
     if unreal:
         raise ValueError(f"the network has no values for {', '.join(unreal[:3])} …: they are on the meta device")
+    if not loads_in_diffusers(unet.config):
+        logger.warning(
+            "diffusers cannot load this network: attention_head_dim=%s has several widths, and diffusers takes one",
+            tuple(unet.config["attention_head_dim"]),
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / UNET_CONFIG, stored_entries(unet.config, UNET_CLASSES[0]))
     infix = f".{variant}" if variant else ""
