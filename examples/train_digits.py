@@ -96,9 +96,26 @@ def loss_weights(scheduler: DDIMScheduler, balance: bool) -> Tensor:
     return ((snr.clamp(max=5.0) + 1) / snr).clamp(max=200.0)
 
 
-def spread_timesteps(count: int, timesteps: int) -> Tensor:
-    """(count,) timesteps, each uniform over all, one in each of `count` equal parts: batches differ less in loss."""
-    return ((torch.arange(count) + torch.rand(count)) * (timesteps / count)).long().clamp(max=timesteps - 1)
+def spread_timesteps(count: int, least: int, timesteps: int) -> Tensor:
+    """(count,) timesteps, uniform over `least` and above, one in each of `count` equal parts: losses vary less."""
+    parts = (torch.arange(count) + torch.rand(count)) / count
+    return (least + parts * (timesteps - least)).long().clamp(max=timesteps - 1)
+
+
+def expected_noise(noisy: Tensor, prods: Tensor, images: Tensor, allowed: Tensor | None) -> Tensor:
+    """The mean of the noise in `noisy` (B, 1, H, W) over all `images` (N, 1, H, W) that it may have been made of.
+
+    What the squared error's minimum is for these images, so that a target no longer varies with the one image that
+    was drawn (the stable target field, Xu, Tong and Jaakkola 2023, over the whole set). `prods` are the timesteps' ᾱ,
+    (B,); `allowed` (B, N) says which images have the sample's label, None all.
+    """
+    flat, known, prods = noisy.flatten(1), images.flatten(1), prods[:, None]
+    # log p(noisy | image), less what all images share.
+    scores = (prods.sqrt() * (flat @ known.T) - prods * known.square().sum(1) / 2) / (1 - prods)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    expected = scores.softmax(1) @ known
+    return ((flat - prods.sqrt() * expected) / (1 - prods).sqrt()).view_as(noisy)
 
 
 def save_grid(pipe: DDIMPipeline, path: Path) -> None:
@@ -133,6 +150,10 @@ def parse_arguments() -> argparse.Namespace:
         "--balance", action="store_true", help="weigh steps by what they are worth to the image, not to the noise"
     )
     parser.add_argument(
+        "--expected", action="store_true", help="predict the mean of the noise over all images that fit, not one draw"
+    )
+    parser.add_argument("--least-timestep", type=int, default=0, help="leave out the timesteps below")
+    parser.add_argument(
         "--bfloat16", action="store_true", help="autocast: faster on a GPU, and on a CPU with bfloat16 instructions"
     )
     parser.add_argument("--save-every", type=int, default=250)
@@ -144,10 +165,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     device = torch.device(args.device)
-    images, digits = load_digits(args.data, args.held_out)
+    images, digits = (part.to(device) for part in load_digits(args.data, args.held_out))
     # The picture is no copy of x_0 until it is finished: clipped to [-1, 1] at every step it loses strokes.
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
-    weights = loss_weights(scheduler, args.balance).to(device)
+    weights, prods = loss_weights(scheduler, args.balance).to(device), scheduler.alphas_cumprod.to(device)
     torch.manual_seed(args.seed)
     unet = starting_unet(args.start, args.classes).to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
@@ -183,14 +204,19 @@ def main() -> None:
         rate = learning_rate(step, begin, args.steps, args.lr, args.decay or args.steps - begin)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        chosen = torch.randint(len(images), (args.batch,))
-        clean, labels = images[chosen].to(device), None
+        chosen = torch.randint(len(images), (args.batch,), device=device)
+        clean, labels = images[chosen], None
         if args.classes:
-            labels = digits[chosen].masked_fill(torch.rand(args.batch) < args.label_dropout, NULL).to(device)
+            dropped = torch.rand(args.batch, device=device) < args.label_dropout
+            labels = digits[chosen].masked_fill(dropped, NULL)
         noise = torch.randn_like(clean)
-        timesteps = spread_timesteps(args.batch, 1000).to(device)
+        timesteps = spread_timesteps(args.batch, args.least_timestep, 1000).to(device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        if args.expected:
+            allowed = None if labels is None else (labels[:, None] == digits) | (labels[:, None] == NULL)
+            noise = expected_noise(noisy, prods[timesteps], images, allowed)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
-            predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, labels).sample
+            predicted = unet(noisy, timesteps, labels).sample
         errors = (predicted.float() - noise).square().mean((1, 2, 3))
         loss = (errors * weights[timesteps]).mean()
         optimizer.zero_grad(set_to_none=True)
