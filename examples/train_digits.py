@@ -46,6 +46,7 @@ def digits_unet(labels: int | None = None) -> UNet2DModel:
     )
     if unet.class_embedding is not None:
         torch.nn.init.zeros_(unet.class_embedding.weight)
+        unet.register_to_config(null_label=NULL)
     return unet
 
 
@@ -119,7 +120,7 @@ def expected_noise(noisy: Tensor, prods: Tensor, images: Tensor, allowed: Tensor
 
 
 def save_grid(pipe: DDIMPipeline, path: Path) -> None:
-    """64 samples, 50 steps; a class-conditional model shows the null class's row by row after four rows of digits."""
+    """64 samples, 50 steps; with classes the labels 0 to 9 six times over, then four samples of the null class."""
     labels = {}
     if pipe.unet.class_embedding is not None:
         labels = {"class_labels": [*range(DIGITS)] * 6 + [NULL] * 4}
@@ -166,7 +167,7 @@ def main() -> None:
     args = parse_arguments()
     device = torch.device(args.device)
     images, digits = (part.to(device) for part in load_digits(args.data, args.held_out))
-    # The picture is no copy of x_0 until it is finished: clipped to [-1, 1] at every step it loses strokes.
+    # Clipping x_0 at each step would draw pictures of few and of many steps apart.
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     weights, prods = loss_weights(scheduler, args.balance).to(device), scheduler.alphas_cumprod.to(device)
     torch.manual_seed(args.seed)
