@@ -178,7 +178,7 @@ class DDIMPipeline(PipelineMethods):
         latents: torch.Tensor | None = None,
         seeds: Seeds = None,
         class_labels: Labels = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | str | None = None,
     ) -> ImagePipelineOutput[Any] | tuple[Any]:
         """Generate `batch_size` images. The first seven arguments and what they do are diffusers'.
 
@@ -197,7 +197,8 @@ class DDIMPipeline(PipelineMethods):
             seeds: one 64-bit seed an image: its starting noise and the noise of its steps then come from its seed
                 alone, on every device and in every batch. Excludes `generator` (and, for the start, `latents` wins).
             class_labels: for class-conditional models; an int for all images, or one label an image.
-            timesteps: an own schedule, strictly decreasing integers; replaces `num_inference_steps`.
+            timesteps: an own schedule, strictly decreasing integers, or one by its name in guided-diffusion: "ddim25",
+                "25" or "10,20,30", as `--timestep_respacing` means them there; replaces `num_inference_steps`.
 
         Raises:
             ValueError, TypeError: an argument is wrong; nothing has been computed.
@@ -252,7 +253,7 @@ class DDIMPipeline(PipelineMethods):
         latents: torch.Tensor | None = None,
         seeds: Seeds = None,
         class_labels: Labels = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Generate as `__call__` does but wait for nothing and copy nothing to the host.
 

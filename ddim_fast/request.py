@@ -41,7 +41,7 @@ class Request:
     use_clipped_model_output: bool | None = None
     labels: torch.Tensor | None = None
     num_inference_steps: int | None = 50
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[int, ...] | str | None = None
 
 
 def make_request(
@@ -56,7 +56,7 @@ def make_request(
     latents: torch.Tensor | None = None,
     seeds: Seeds = None,
     class_labels: Labels = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[int] | str | None = None,
 ) -> Request:
     """The request of these arguments of a pipeline call, for a model with `config` on `device`.
 
@@ -87,7 +87,7 @@ def make_request(
         use_clipped_model_output=None if use_clipped_model_output is None else bool(use_clipped_model_output),
         labels=check_class_labels(config, class_labels, batch_size),
         num_inference_steps=None if timesteps is not None else check_count("num_inference_steps", num_inference_steps),
-        timesteps=None if timesteps is None else tuple(timesteps),
+        timesteps=timesteps if timesteps is None or isinstance(timesteps, str) else tuple(timesteps),
     )
 
 

@@ -207,7 +207,8 @@ class DDIMScheduler(Configured):
 
         Args:
             num_inference_steps: S, from 1 to `num_train_timesteps`.
-            timesteps: an own schedule instead, strictly decreasing integers in 0 to `num_train_timesteps` - 1.
+            timesteps: an own schedule instead, strictly decreasing integers in 0 to `num_train_timesteps` - 1, or
+                one by its name in guided-diffusion ("ddim25", "25" or "10,20,30": see `ddim_fast.respacing`).
 
         Raises:
             ValueError, TypeError: neither is given, or one is not as above.

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-Timesteps = Sequence[int] | np.ndarray | torch.Tensor
+from .respacing import respaced_timesteps
+
+Timesteps = str | Sequence[int] | np.ndarray | torch.Tensor
 
 
 def make_betas(schedule: str, start: float, end: float, count: int) -> torch.Tensor:
@@ -87,7 +89,12 @@ def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps
 
 
 def check_timesteps(timesteps: Timesteps, count: int) -> list[int]:
-    """`timesteps` as a list; raises unless they are strictly decreasing integers in 0 to `count` - 1."""
+    """`timesteps` as a list: strictly decreasing integers in 0 to `count` - 1, or a name of `respaced_timesteps`.
+
+    Raises `TypeError` or `ValueError` for anything else.
+    """
+    if isinstance(timesteps, str):
+        return respaced_timesteps(timesteps, count)
     if isinstance(timesteps, torch.Tensor):
         timesteps = timesteps.tolist()
     try:

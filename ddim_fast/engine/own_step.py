@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..noise import step_noise
 from ..request import Request
+from ..respacing import respaced_timesteps
 from .forward import fused_forward, time_table
 from .layout import nchw
 from .loop import call_unet, call_whole_unet, start
@@ -40,7 +41,11 @@ def set_schedule(scheduler: Scheduler, request: Request) -> None:
     if request.timesteps is None:
         scheduler.set_timesteps(request.num_inference_steps)
     else:
-        scheduler.set_timesteps(timesteps=list(request.timesteps))
+        timesteps = request.timesteps
+        if isinstance(timesteps, str):
+            count = int(getattr(scheduler, "config", {}).get("num_train_timesteps", 1000))
+            timesteps = tuple(respaced_timesteps(timesteps, count))
+        scheduler.set_timesteps(timesteps=list(timesteps))
 
 
 def run_own_step(

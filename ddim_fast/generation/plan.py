@@ -10,6 +10,7 @@ import torch
 
 from ..engine import EngineName
 from ..pipeline import DDIMPipeline
+from ..respacing import respaced_timesteps
 from . import formats
 from .job import Job, fingerprint
 from .labels import Labels
@@ -30,6 +31,8 @@ def plan(settings: JobSettings, pipe: Pipeline, seeds: Seeds, there: Job | None,
     Raises `ValueError` if the model cannot do what the settings ask.
     """
     timesteps = settings.timesteps
+    if isinstance(timesteps, str):
+        timesteps = respaced_timesteps(timesteps, int(pipe.scheduler.config["num_train_timesteps"]))
     if timesteps is None:
         pipe.scheduler.set_timesteps(settings.num_inference_steps)
     else:

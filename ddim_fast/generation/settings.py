@@ -62,7 +62,7 @@ class JobSettings:
     _: KW_ONLY
     num_inference_steps: int = 50
     eta: float = 0.0
-    timesteps: Sequence[int] | None = None
+    timesteps: Sequence[int] | str | None = None
     class_labels: Any = None
     batch_size: int | str = "auto"
     chunk_size: int | None = None
