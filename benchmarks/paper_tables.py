@@ -31,7 +31,8 @@ FOLDER = Path(__file__).parent
 
 
 def take_schedule(pipe: DDIMPipeline, row: Row) -> None:
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=row.spacing)
+    """Give `pipe` the row's timesteps; x₀ is never clipped, as in the paper's equations."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=row.spacing, clip_sample=False)
 
 
 def draw(pipe: DDIMPipeline, row: Row, count: int, first: int, clock: Callable[[], float]) -> tuple[Tensor, float]:
@@ -75,7 +76,7 @@ def measure_distance(
 def measure_reconstruction(pipe: DDIMPipeline, row: Row, held_out: Digits, images: int) -> dict[str, float]:
     """Digits to latents and back: the mean squared error of a pixel on the scale of [0, 1], as in the paper's Table 2.
 
-    The picture is not clipped: the error is that of the two integrations alone.
+    The error is that of the two integrations alone: the picture is not clipped either.
     """
     take_schedule(pipe, row)
     errors = []
@@ -171,7 +172,6 @@ def main(arguments: list[str] | None = None) -> None:
         "device": torch.cuda.get_device_name() if pipe.device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "clock": args.clock,
-        "clip_sample": pipe.scheduler.config.clip_sample,
     }
     results = Results(args.out.with_suffix(".json"), settings)
     wanted = [

@@ -9,7 +9,7 @@ import torch
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
 @pytest.fixture(autouse=True)
