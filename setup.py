@@ -45,7 +45,9 @@ cpu_kernels = Extension(
     # The variants include other C files.
     depends=[*sorted(str(path) for path in cpu.glob("*.[ch]")), str(cpu / "constants.py")],
     define_macros=[(name, str(value)) for name, value in constants.items() if name.isupper()],
-    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+    extra_compile_args=[]
+    if sys.platform == "win32"
+    else ["-O3", "-ffp-contract=fast", "-Wno-psabi", "-Wpointer-arith"],
     libraries=[] if sys.platform == "win32" else ["m"],
     optional=True,
 )

@@ -103,7 +103,7 @@ def main() -> None:
         seconds = [measure(shape, options.rounds, sweep) for shape in SHAPES]
     terms = [
         tuple(
-            part(*(s[0], s[1], s[1], *s[2:]), options.threads)
+            part(cpu_conv.Site(s[0], s[1], s[1], *s[2:], threads=options.threads))
             for part in (cpu_conv.direct_terms, cpu_conv.winograd_terms)
         )
         for s in SHAPES

@@ -75,7 +75,7 @@ def apply_norm(
     shift: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm of x, or of x and skip read as one, with what the kernel can do on the way."""
-    if fuses_bias(x.data) and x.data.dtype == torch.float32:
+    if fuses_bias(x.data) and cpu_norm.takes(x.data):
         return cpu_norm.group_norm_silu(
             x.data,
             norm.weight,
@@ -176,16 +176,15 @@ def apply_attention(x: Activation, block: Attention) -> Activation:
     from ..kernels.attention import attention
 
     normed = x.data if block.norm is None else apply_norm(x, None, block.norm, silu=False)
-    tokens = linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)
-    if isinstance(block.out_weight, cpu_linear.PackedLinear):
+    if isinstance(block.qkv_weight, cpu_linear.PackedLinear) and isinstance(block.out_weight, cpu_linear.PackedLinear):
+        tokens = cpu_linear.linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias, dtype=torch.float32)
         attended = cpu_linear.attention(tokens, block.heads, block.scale)
-        out = cpu_linear.linear(
-            attended, block.out_weight, block.out_bias.to(tokens.dtype), residual=x.data.flatten(1, 2)
-        )
+        out = cpu_linear.linear(attended, block.out_weight, block.out_bias, residual=x.data.flatten(1, 2))
         out = out.view_as(x.data)
         return Activation(out if block.output_scale_factor == 1 else out.div_(block.output_scale_factor))
+    tokens = linear(normed.flatten(1, 2), block.qkv_weight, block.qkv_bias)
     attended = attention(tokens, block.heads, scale=block.scale)
-    projected = F.linear(attended, block.out_weight).view_as(x.data)
+    projected = linear(attended, block.out_weight).view_as(x.data)
     return Activation(
         *add_residual(
             projected,

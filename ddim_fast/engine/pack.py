@@ -199,7 +199,10 @@ def may_take_over(weight: Tensor) -> bool:
 
 
 def _norm(norm: nn.GroupNorm) -> Norm:
-    return Norm(norm.weight.detach(), norm.bias.detach(), norm.num_groups, norm.eps)
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    if fuses_bias(weight):
+        weight, bias = weight.float(), bias.float()
+    return Norm(weight, bias, norm.num_groups, norm.eps)
 
 
 def matrix(*weights: Tensor) -> Matrix:

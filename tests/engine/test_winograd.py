@@ -184,15 +184,6 @@ def test_the_chosen_convolution_folds_bias_and_residual(upsample, size, exact):
     assert relative_error(actual, expected) < 1e-5
 
 
-def test_half_precision_goes_to_the_direct_convolution():
-    x, weight = torch.randn(1, 64, 64, 32), torch.randn(32, 32, 3, 3)
-
-    actual = conv3x3(x.bfloat16(), pack_conv3x3(weight.bfloat16()))
-
-    assert actual.dtype == torch.bfloat16
-    assert relative_error(actual, reference(x.bfloat16(), weight.bfloat16(), False)) < 1e-2
-
-
 def test_buffers_do_not_grow_with_calls():
     x, packed = torch.randn(1, 32, 32, 32), pack_conv3x3(torch.randn(32, 32, 3, 3))
     conv3x3(x, packed)

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import native
 from .constants import FEW, PANEL
 from .structures import Conv, Direct, Norm, Product
-from .workspace import PLAIN
 
 # Statistics are taken in parts of an image: by its size alone, since the parts decide the rounding.
 LEAST_PART, MOST_PARTS = 64, 64
@@ -38,6 +37,20 @@ def check(
         )
 
 
+def _kind_of(image: Tensor) -> torch.dtype:
+    """The dtype that an image must have: its own if the kernels know it."""
+    return image.dtype if image.dtype in native.KINDS else torch.float32
+
+
+def _check_panels(filters: Tensor, out_channels: int, shape: tuple[int, ...], pairs: bool) -> None:
+    """`shape`: all but the output channels, Cin last."""
+    *taps, channels = shape
+    if pairs:
+        check("filters", filters, (_panels(out_channels), *taps, -(-channels // 2), PANEL, 2), dtype=torch.bfloat16)
+    else:
+        check("filters", filters, (_panels(out_channels), *shape, PANEL))
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -58,13 +71,13 @@ def _panels(channels: int) -> int:
     return -(-channels // PANEL)
 
 
-def pack_filters(weight: Tensor) -> Tensor:
-    """A weight (Cout, ...), strided as may be, for the kernels: float32 (panels of Cout, ..., 32), the last one filled
-    up with zeros. Nothing as large is made on the way: what is freed between weights that stay is lost to the heap.
+def pack_filters(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight (Cout, ...), strided as may be, for the kernels: (panels of Cout, ..., 32), the last one filled up with
+    zeros. Nothing as large is made on the way: what is freed between weights that stay is lost to the heap.
     """
     weight = weight.detach()
     full, left = divmod(len(weight), PANEL)
-    filters = torch.empty(full + bool(left), *weight.shape[1:], PANEL, **PLAIN)
+    filters = torch.empty(full + bool(left), *weight.shape[1:], PANEL, dtype=dtype, device="cpu")
     if full:
         filters[:full].copy_(weight[: full * PANEL].unflatten(0, (full, PANEL)).movedim(1, -1))
     if left:
@@ -72,10 +85,20 @@ def pack_filters(weight: Tensor) -> Tensor:
     return filters
 
 
-def pack_direct(weight: Tensor) -> Tensor:
+def pack_pairs(weight: Tensor) -> Tensor:
+    """A weight (Cout, ..., Cin) in bfloat16 pairs of Cin: (panels of Cout, ..., pairs, 32, 2)."""
+    even, odd = weight[..., ::2], weight[..., 1::2]
+    pairs = torch.zeros(_panels(len(weight)), *even.shape[1:], PANEL, 2, dtype=torch.bfloat16, device="cpu")
+    pairs[..., 0].copy_(pack_filters(even, torch.bfloat16))
+    pairs[..., : odd.shape[-1], :, 1].copy_(pack_filters(odd, torch.bfloat16))
+    return pairs
+
+
+def pack_direct(weight: Tensor, pairs: bool = False) -> Tensor:
     """A weight (Cout, Cin, 3, 3) for `direct_conv3x3`: panels with taps before Cin, or of few Cout (9, Cout, Cin)."""
     if len(weight) > FEW:
-        return pack_filters(weight.permute(0, 2, 3, 1))
+        taps = weight.permute(0, 2, 3, 1)
+        return pack_pairs(taps) if pairs else pack_filters(taps)
     return weight.detach().permute(2, 3, 0, 1).flatten(0, 1).to(torch.float32).contiguous()
 
 
@@ -83,18 +106,19 @@ def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residu
     """x @ weight.T + bias + residual into `out`.
 
     Args:
-        x: float32 (..., Cin), dense.
-        filters: `pack_filters` of the weight (Cout, Cin).
-        out: (..., Cout), dense.
-        bias: (Cout,), dense.
+        x: float32 or bfloat16 (..., Cin), dense.
+        filters: `pack_filters` of the weight (Cout, Cin), or `pack_pairs` with bfloat16.
+        out: float32 or bfloat16 (..., Cout), dense.
+        bias: float32 (Cout,), dense.
         residual: like `out`, and it may be `out`.
     """
     in_channels, out_channels = x.shape[-1], out.shape[-1]
-    check("x", x, x.shape)
-    check("filters", filters, (_panels(out_channels), in_channels, PANEL))
+    pairs = filters.dtype == torch.bfloat16 and x.dtype == filters.dtype
+    check("x", x, x.shape, dtype=_kind_of(x))
+    _check_panels(filters, out_channels, (in_channels,), pairs)
     check("bias", bias, (out_channels,))
-    check("residual", residual, out.shape)
-    check("out", out, (*x.shape[:-1], out_channels))
+    check("residual", residual, out.shape, dtype=out.dtype)
+    check("out", out, (*x.shape[:-1], out_channels), dtype=_kind_of(out))
     block = Product(
         x=x.data_ptr(),
         filters=filters.data_ptr(),
@@ -105,6 +129,9 @@ def product(x: Tensor, filters: Tensor, out: Tensor, bias: Tensor | None, residu
         in_channels=in_channels,
         out_channels=out_channels,
         group=ROWS,
+        kind=native.KINDS[x.dtype],
+        out_kind=native.KINDS[out.dtype],
+        pairs=pairs,
     )
     native.library().ddim_fast_product(ctypes.byref(block), native.team(torch.get_num_threads()))
 
@@ -113,7 +140,7 @@ def winograd_conv3x3(
     x: Tensor,
     filters: Tensor,
     out: Tensor,
-    upsample: bool,
+    side: int,
     bias: Tensor | None,
     residual: Tensor | None,
     divisor: float,
@@ -125,21 +152,24 @@ def winograd_conv3x3(
     """(conv(x) + bias + residual) / divisor into `out`, for a 3x3 filter, stride 1 and padding 1.
 
     Args:
-        x: float32 (B, H, W, Cin), each image dense.
-        filters: `pack_filters` of the weight (Cout, Cin, 3, 3).
-        out: (B, H', W', Cout), each image dense.
-        upsample: whether the conv reads x upsampled 2x (nearest).
-        bias: (Cout,) or (B, Cout).
+        x: float32 or bfloat16 (B, H, W, Cin), each image dense.
+        filters: `pack_filters` of the weight (Cout, Cin, 3, 3) in the dtype of x.
+        out: (B, H', W', Cout) in the dtype of x, each image dense.
+        side: taps per side: 6 for F(4x4, 3x3); 5 for the same on x upsampled 2x (nearest); 4 for F(2x2, 3x3) with
+            products of bfloat16.
+        bias: float32 (Cout,) or (B, Cout).
         residual: like `out`, and it may be `out`.
-        block: tiles of 4x4 outputs that are transformed together.
+        block: tiles of outputs that are transformed together.
         group: tiles that one thread multiplies together.
         per_thread: whether a thread takes a group through all steps; there are no blocks then.
         take: gives a buffer of a name and a number of floats.
     """
     images, height, width, in_channels = x.shape
-    grow = 2 if upsample else 1
-    check("filters", filters, (_panels(out.shape[3]), in_channels, 3, 3, PANEL))
-    check("out", out, (images, grow * height, grow * width, out.shape[3]), images=True)
+    grow = 2 if side == 5 else 1
+    if side not in (4, 5, 6) or (side == 4 and x.dtype != torch.bfloat16):
+        raise ValueError(f"side must be 5 or 6, or 4 with bfloat16 images, not {side} with {x.dtype}")
+    check("filters", filters, (_panels(out.shape[3]), in_channels, 3, 3, PANEL), dtype=x.dtype)
+    check("out", out, (images, grow * height, grow * width, out.shape[3]), images=True, dtype=x.dtype)
     if min(block, group) < 1:
         raise ValueError(f"block and group must be at least 1, not {block} and {group}")
     vector = _vector("bias", bias, images, out.shape[3])
@@ -148,7 +178,7 @@ def winograd_conv3x3(
         block=block,
         group=group if per_thread else min(group, block),
         per_thread=per_thread,
-        upsample=upsample,
+        side=side,
     )
     loaded, threads = native.library(), torch.get_num_threads()
     room = (ctypes.c_int64 * 2)()
@@ -169,8 +199,8 @@ def _convolution(
     divisor: float,
 ) -> dict[str, Any]:
     """What `Conv` and `Direct` have in common; the caller keeps `vector`, the bias by `_vector`, while they run."""
-    check("x", x, x.shape, images=True)
-    check("residual", residual, out.shape, images=True)
+    check("x", x, x.shape, images=True, dtype=_kind_of(x))
+    check("residual", residual, out.shape, images=True, dtype=x.dtype)
     images, height, width, in_channels = x.shape
     return {
         "x": x.data_ptr(),
@@ -188,6 +218,7 @@ def _convolution(
         "in_channels": in_channels,
         "out_channels": out.shape[3],
         "divisor": divisor,
+        "kind": native.KINDS[x.dtype],
     }
 
 
@@ -207,13 +238,16 @@ def direct_conv3x3(
     """
     images, height, width, in_channels = x.shape
     out_channels = out.shape[3]
-    panels = (_panels(out_channels), 3, 3, in_channels, PANEL)
-    check("filters", filters, (9, out_channels, in_channels) if out_channels <= FEW else panels)
+    pairs = filters.dtype == torch.bfloat16 and x.dtype == filters.dtype
+    if out_channels <= FEW:
+        check("filters", filters, (9, out_channels, in_channels))
+    else:
+        _check_panels(filters, out_channels, (3, 3, in_channels), pairs)
     # Output pixels whose window begins inside the padded image.
     most = tuple((size + padding - 1) // stride + 1 for size in (height, width))
     if out.shape[1] > most[0] or out.shape[2] > most[1]:
         raise ValueError(f"out has {tuple(out.shape[1:3])} pixels, more than the {most} that x gives")
-    check("out", out, (images, *out.shape[1:3], out_channels), images=True)
+    check("out", out, (images, *out.shape[1:3], out_channels), images=True, dtype=x.dtype)
     vector = _vector("bias", bias, images, out_channels)
     direct = Direct(
         **_convolution(x, filters, out, vector, residual, divisor),
@@ -221,6 +255,7 @@ def direct_conv3x3(
         out_width=out.shape[2],
         stride=stride,
         padding=padding,
+        pairs=pairs,
     )
     native.library().ddim_fast_direct(ctypes.byref(direct), native.team(torch.get_num_threads()))
 
@@ -246,11 +281,11 @@ def group_norm(
     if num_groups < 1 or both % num_groups:
         raise ValueError(f"num_groups must divide the {both} channels, not be {num_groups}")
     weight, bias = weight.contiguous(), bias.contiguous()
-    check("x", x, x.shape, images=True)
-    check("x2", x2, (batch, height, width, channels2), images=True)
+    check("x", x, x.shape, images=True, dtype=_kind_of(x))
+    check("x2", x2, (batch, height, width, channels2), images=True, dtype=x.dtype)
     check("weight", weight, (both,))
     check("bias", bias, (both,))
-    check("out", out, (batch, height, width, both))
+    check("out", out, (batch, height, width, both), dtype=x.dtype)
     check("work", work, (work_size(batch, height * width, both),))
     part, threads = part_size(height * width), torch.get_num_threads()
     # Many images are shared out whole; few by groups, so that a thread finds in its cache what it convolved; rows of a
@@ -285,6 +320,7 @@ def group_norm(
         spans=spans,
         eps=eps,
         silu=silu,
+        kind=native.KINDS[x.dtype],
     )
     native.library().ddim_fast_group_norm(ctypes.byref(norm), native.team(threads))
 

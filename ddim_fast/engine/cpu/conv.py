@@ -4,7 +4,7 @@ Weights are packed once, in the form that the first shape asks for; another form
 """
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,15 @@ from ..layout import nchw, nhwc, phase_weight
 from . import calls, native
 from .constants import FEW, PANEL
 from .onednn import has_onednn
-from .winograd import WinogradWeight, block_tiles, native_block, native_group, winograd_conv3x3
+from .winograd import (
+    SMALL_TAPS,
+    WinogradWeight,
+    block_tiles,
+    native_block,
+    native_group,
+    winograd_conv3x3,
+    winograd_takes,
+)
 from .workspace import workspace
 
 
@@ -50,21 +58,39 @@ WINOGRAD_COST = (9.8e-12, 5.9e-10, 0.0, 1.3e-4, 1.3e-10)
 OPERATORS_COST = (7.5e-12, 1.3e-9, 3.2e-11, 5.6e-4)
 
 
-def direct_terms(
-    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool, threads: int
-) -> tuple[float, ...]:
-    """What the time of a direct conv is made of, for an input of `height` by `width`.
+# Shares of a float32 product's time: of bfloat16 ones by instructions of their own, twice as many at a time.
+BFLOAT16_PRODUCTS = 0.5
+
+
+@dataclass(frozen=True)
+class Site:
+    """A conv's shape, dtype and threads: what its time depends on."""
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    upsample: bool = False
+    dtype: torch.dtype = torch.float32
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def direct_terms(site: Site) -> tuple[float, ...]:
+    """What the time of a direct conv is made of.
 
     Operations per thread, elements per thread that leave an upsampling's four phases, bytes of weights, calls, and
     calls that oneDNN takes. In C many output channels go by 32.
     """
-    ours = runs_in_c(upsample)
-    panels = ours and out_channels > FEW
-    channels = in_channels * (-(-out_channels // PANEL) * PANEL if panels else out_channels)
-    pixels = batch * height * width
-    taps = 16 if upsample else 9
-    phased = 4 * pixels * out_channels if upsample else 0
-    return 2 * taps * pixels * channels / threads, phased / threads, 4 * taps * channels, 1.0, float(not ours)
+    ours, pairs = runs_in_c(site.upsample), site.dtype == torch.bfloat16 and native.multiplies_bfloat16()
+    panels = ours and site.out_channels > FEW
+    channels = site.in_channels * (-(-site.out_channels // PANEL) * PANEL if panels else site.out_channels)
+    pixels = site.batch * site.height * site.width
+    taps = 16 if site.upsample else 9
+    operations = 2 * taps * pixels * channels * (BFLOAT16_PRODUCTS if pairs else 1)
+    phased = 4 * pixels * site.out_channels if site.upsample else 0
+    size = 2 if pairs else 4
+    return operations / site.threads, phased / site.threads, size * taps * channels, 1.0, float(not ours)
 
 
 def runs_in_c(upsample: bool) -> bool:
@@ -72,16 +98,16 @@ def runs_in_c(upsample: bool) -> bool:
     return native.available() and not upsample
 
 
-def winograd_terms(
-    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool, threads: int
-) -> tuple[float, ...]:
-    """The same by Winograd, in C or by PyTorch's operators.
+def winograd_terms(site: Site, small: bool = False) -> tuple[float, ...]:
+    """The same by Winograd, in C or by PyTorch's operators; `small`: F(2x2, 3x3) with products of bfloat16.
 
     Operations of the products per thread, transformed elements per thread, bytes of weights, blocks of tiles; and in C
     the filters' elements that a thread transforms. There channels go by 32, and so do the parts of the work.
     """
-    step, products = (2, 25) if upsample else (4, 36)
-    tiles = batch * -(-height // step) * -(-width // step)
+    side = SMALL_TAPS if small else 5 if site.upsample else 6
+    step, products = 4 if side == 6 else 2, side**2
+    in_channels, out_channels, threads = site.in_channels, site.out_channels, site.threads
+    tiles = site.batch * -(-site.height // step) * -(-site.width // step)
     if not native.available():
         channels = in_channels * out_channels
         return (
@@ -90,36 +116,41 @@ def winograd_terms(
             4 * products * channels,
             float(-(-tiles // block_tiles(in_channels, out_channels))),
         )
-    block, panels = min(tiles, native_block(in_channels)), -(-out_channels // PANEL)
-    group, per_thread = native_group(tiles, block, in_channels, out_channels, threads)
+    block, panels = min(tiles, native_block(in_channels, side)), -(-out_channels // PANEL)
+    group, per_thread = native_group(tiles, block, in_channels, out_channels, threads, side)
     groups = -(-tiles // group)
     channels = in_channels * panels * PANEL
     used = min(threads, panels * groups)
     return (
-        2 * products * tiles * channels / used,
+        2 * products * tiles * channels * (BFLOAT16_PRODUCTS if small else 1) / used,
         products * tiles * (-(-in_channels // 16) * 16 + panels * PANEL) / threads,
-        4 * 9 * channels,
+        site.dtype.itemsize * 9 * channels,
         1.0 if per_thread else float(-(-tiles // block)),
         products * groups * channels / used,
     )
 
 
-def choose_algorithm(
-    batch: int, height: int, width: int, in_channels: int, out_channels: int, upsample: bool = False
-) -> str:
-    """`winograd` or `direct`: the one that takes less time by the fitted cost."""
-    shape = batch, height, width, in_channels, out_channels, upsample, torch.get_num_threads()
-    return _choose_algorithm(shape, native.available())
+def choose_algorithm(site: Site) -> str:
+    """`direct`, `winograd` or `small`, F(2x2, 3x3) in bfloat16: the one that takes least time by the fitted cost.
+
+    `small` is for processors with products of bfloat16. For those with matrix tiles no other choice was ever measured.
+    """
+    return _choose_algorithm(site, native.available(), native.multiplies_bfloat16())
 
 
 @cache
-def _choose_algorithm(shape: tuple[int, int, int, int, int, bool, int], in_c: bool) -> str:
+def _choose_algorithm(site: Site, in_c: bool, multiplies_bfloat16: bool) -> str:
     transforms = WINOGRAD_COST if in_c else OPERATORS_COST
-    direct, winograd = (
-        sum(count * seconds for count, seconds in zip(part, cost, strict=True))
-        for part, cost in ((direct_terms(*shape), DIRECT_COST), (winograd_terms(*shape), transforms))
-    )
-    return "winograd" if winograd < direct else "direct"
+    terms = {"direct": direct_terms(site), "winograd": winograd_terms(site)}
+    if multiplies_bfloat16 and site.dtype == torch.bfloat16 and not site.upsample:
+        terms["small"] = winograd_terms(site, small=True)
+    seconds = {
+        name: sum(
+            count * each for count, each in zip(part, DIRECT_COST if name == "direct" else transforms, strict=True)
+        )
+        for name, part in terms.items()
+    }
+    return min(seconds, key=seconds.__getitem__)
 
 
 def conv3x3(
@@ -152,31 +183,31 @@ def conv3x3(
     batch, height, width, _ = x.shape
     if not x.numel():
         return x.new_empty(batch, *output_size(packed, height, width), out_channels) if out is None else out
-    winograd = (
-        not exact
-        and packed.stride == 1
-        and not packed.right_bottom
-        and x.dtype == torch.float32
-        and choose_algorithm(batch, height, width, in_channels, out_channels, packed.upsample) == "winograd"
-    )
-    direct = native.usable(x, bias, residual, out) and runs_in_c(packed.upsample)
-    if out is None and (winograd or direct):
+    algorithm = "direct"
+    if not exact and packed.stride == 1 and not packed.right_bottom and winograd_takes(x):
+        site = Site(batch, height, width, in_channels, out_channels, packed.upsample, x.dtype)
+        algorithm = choose_algorithm(site)
+    direct = native.usable(x, residual, out) and runs_in_c(packed.upsample)
+    if out is None and (algorithm != "direct" or direct):
         size = batch, *output_size(packed, height, width), out_channels
-        out = workspace.take("convolved", *size) if reuse_buffer else workspace.fresh(*size)
-    if winograd:
-        bias = None if bias is None else bias.float()
+        take = partial(workspace.take, "convolved") if reuse_buffer else workspace.fresh
+        out = take(*size, dtype=x.dtype)
+    if algorithm != "direct":
         return winograd_conv3x3(
             x,
             _winograd(packed),
-            bias=bias,
+            bias=None if bias is None else bias.float(),
             residual=residual,
             output_scale_factor=output_scale_factor,
             out=out,
+            small=algorithm == "small",
         )
     if direct:
         assert out is not None
         padding = 0 if packed.right_bottom else 1
-        calls.direct_conv3x3(x, _filters(packed), out, packed.stride, padding, bias, residual, output_scale_factor)
+        bias = None if bias is None else bias.float()
+        filters = _filters(packed, x.dtype == torch.bfloat16 and native.multiplies_bfloat16())
+        calls.direct_conv3x3(x, filters, out, packed.stride, padding, bias, residual, output_scale_factor)
         return out
     shared = None if bias is None or (bias.ndim == 2 and bias.shape[0] > 1) else bias.reshape(-1).to(x.dtype)
     result = _direct_upsample(x, packed, shared) if packed.upsample else _direct(x, packed, shared)
@@ -211,10 +242,11 @@ def _winograd(packed: PackedConv) -> WinogradWeight:
     return form
 
 
-def _filters(packed: PackedConv) -> Tensor:
-    form = packed.forms.get("filters")
+def _filters(packed: PackedConv, pairs: bool) -> Tensor:
+    name = "pairs" if pairs else "filters"
+    form = packed.forms.get(name)
     if not isinstance(form, Tensor):
-        form = packed.forms["filters"] = calls.pack_direct(packed.weight)
+        form = packed.forms[name] = calls.pack_direct(packed.weight, pairs)
     return form
 
 

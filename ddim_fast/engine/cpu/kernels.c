@@ -2,8 +2,9 @@
 
 #include "kernels.h"
 
-/* The widest instruction set to use: 2 AVX-512, 1 AVX2, 0 what every processor has. Tests lower it. */
-int ddim_fast_widest = 2;
+/* The widest instruction set to use: 3 AVX-512 with bfloat16 products, 2 AVX-512, 1 AVX2, 0 what every processor
+   has. Tests lower it. */
+int ddim_fast_widest = 3;
 
 /* By this `native.py` knows a library that was built from another version. */
 const int64_t ddim_fast_revision = REVISION;
@@ -11,9 +12,12 @@ const int64_t ddim_fast_revision = REVISION;
 /* The instruction set that is used, as a number of `ddim_fast_widest`. */
 int ddim_fast_level(void) {
 #ifdef INSTRUCTION_SETS
-    if (ddim_fast_widest > 1 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return 2;
+    const int avx512 =
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef BFLOAT16_INSTRUCTIONS
+    if (ddim_fast_widest > 2 && avx512 && __builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+    if (ddim_fast_widest > 1 && avx512) return 2;
     if (ddim_fast_widest > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
@@ -21,9 +25,13 @@ int ddim_fast_level(void) {
 
 const struct variant *ddim_fast_variant(void) {
 #ifdef INSTRUCTION_SETS
-    const struct variant *const variants[] = {&ddim_fast_plain, &ddim_fast_avx2, &ddim_fast_avx512};
-    return variants[ddim_fast_level()];
-#else
-    return &ddim_fast_plain;
+    switch (ddim_fast_level()) {
+#ifdef BFLOAT16_INSTRUCTIONS
+    case 3: return &ddim_fast_avx512_bf16;
 #endif
+    case 2: return &ddim_fast_avx512;
+    case 1: return &ddim_fast_avx2;
+    }
+#endif
+    return &ddim_fast_plain;
 }

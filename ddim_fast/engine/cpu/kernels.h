@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if !defined(PANEL) || !defined(FEW) || !defined(REVISION)
+#if !defined(PANEL) || !defined(FEW) || !defined(REVISION) || !defined(FLOAT32) || !defined(BFLOAT16)
 #error "setup.py defines these, from constants.py"
 #endif
 
@@ -86,6 +86,10 @@ extern const struct variant ddim_fast_plain;
 #if defined(__x86_64__) && !defined(__clang__)
 #define INSTRUCTION_SETS
 extern const struct variant ddim_fast_avx2, ddim_fast_avx512;
+#if __GNUC__ > 10
+#define BFLOAT16_INSTRUCTIONS
+extern const struct variant ddim_fast_avx512_bf16;
+#endif
 #endif
 
 /* The one for this processor. */

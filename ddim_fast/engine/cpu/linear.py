@@ -49,7 +49,13 @@ class PackedLinear:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
-def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """x @ weight.T + bias + residual.
 
     Args:
@@ -57,17 +63,19 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, residual
         weight: (Cout, Cin).
         bias: (Cout,).
         residual: (..., Cout), left as it is.
+        dtype: of the result; the residual's, or that of x, by default.
 
     Returns:
         (..., Cout), dense.
     """
     # Neither the C kernel nor oneDNN asks for a bias's stride.
     bias = None if bias is None else bias.contiguous()
-    if native.usable(x, bias, residual):
-        out = workspace.fresh(*x.shape[:-1], weight.out_channels)
-        return _product(x, weight, out, bias, residual)
+    dtype = dtype or (x.dtype if residual is None else residual.dtype)
+    if native.usable(x) and native.usable(residual):
+        out = workspace.fresh(*x.shape[:-1], weight.out_channels, dtype=dtype)
+        return _product(x, weight, out, None if bias is None else bias.float(), residual)
     if not _runs_onednn(x):
-        y = F.linear(x, weight.weight, bias)
+        y = F.linear(x, weight.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
         return y if residual is None else y.add_(residual)
     pixels = _pixels(x)
     filters = _filters(weight, pixels.shape[3])
@@ -95,8 +103,9 @@ def add_product(out: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
 
 
 def _product(x: Tensor, weight: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if weight.filters is None:
-        weight.filters = calls.pack_filters(weight.stacked())
+    pairs = x.dtype == torch.bfloat16 and native.multiplies_bfloat16()
+    if weight.filters is None or (weight.filters.dtype == torch.bfloat16) != pairs:
+        weight.filters = calls.pack_pairs(weight.stacked()) if pairs else calls.pack_filters(weight.stacked())
     calls.product(x.contiguous(), weight.filters, out, bias, None if residual is None else residual.contiguous())
     return out
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ...once import log_once
-from .constants import REVISION
+from .constants import BFLOAT16, FLOAT32, REVISION
 from .structures import STRUCTURES, Team
 
 logger = logging.getLogger(__name__)
 
 MODULE = "ddim_fast.engine.cpu._kernels"
+# How the kernels name the dtypes of images.
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 def library() -> Any:
@@ -98,11 +100,19 @@ def is_current(loaded: Any) -> bool:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: float32 on the CPU, not traced; they are there, and a team for them."""
+    """Whether the kernels can take these: on the CPU, all float32 or all bfloat16, not traced; they are there."""
+    dtype = None
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype == torch.float32):
-            return False
+        if tensor is not None:
+            dtype = dtype or tensor.dtype
+            if not tensor.is_cpu or tensor.dtype != dtype or dtype not in KINDS:
+                return False
     return not torch.compiler.is_compiling() and available()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, and the kernels use them."""
+    return available() and library().ddim_fast_level() > 2
 
 
 def available() -> bool:

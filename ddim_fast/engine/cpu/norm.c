@@ -1,5 +1,6 @@
-/* GroupNorm + SiLU over NHWC float32: two reads of the input and one write of the output, where PyTorch's operators
-   need a pass an operation. `native.py` has the Python side, with shapes and checks; `norm.py` the same in PyTorch. */
+/* GroupNorm + SiLU over NHWC, float32 or bfloat16: two reads of the input and one write of the output, where PyTorch's
+   operators need a pass an operation. `native.py` has the Python side, with shapes and checks; `norm.py` the same in
+   PyTorch. */
 
 #include "kernels.h"
 
@@ -9,14 +10,16 @@
 #define CHAINS 4
 
 struct norm {
-    const float *x, *x2, *weight, *bias, *add, *scale, *shift;
-    float *out, *work;
+    const void *x, *x2;
+    const float *weight, *bias, *add, *scale, *shift;
+    void *out;
+    float *work;
     int64_t x_stride, x2_stride, add_stride, scale_stride, shift_stride;
     int64_t images, pixels, channels, channels2, groups;
     int64_t part, parts; /* pixels whose statistics are taken together, and how many times that an image has */
     int64_t spans;       /* ranges of groups that an image is shared out by; 0: by pixels */
     float eps;
-    int32_t silu;
+    int32_t silu, kind; /* kind: of x, x2 and out */
 };
 
 #ifndef VARIANT
@@ -70,8 +73,8 @@ INLINE void apply_silu(floats *y, const int count) {
 /* The statistics of `parts` parts from `first` on, of the channels `begin` to `end` of one input, which come behind
    `offset` others: in a strip by its mean and then by the deviations from it, of strips together by Chan et al.'s
    formula. */
-INLINE void statistics_of(const float *x, int64_t channels, int64_t offset, const struct norm *n, float *work,
-                          int64_t first, int64_t parts, int64_t begin, int64_t end) {
+INLINE void statistics_of(const void *x, int64_t at, int64_t channels, int64_t offset, const struct norm *n,
+                          float *work, int64_t first, int64_t parts, int64_t begin, int64_t end, const int kind) {
     const int64_t all = n->channels + n->channels2;
     for (int64_t part = first; part < first + parts; part++) {
         float *means = work + part * 2 * all + offset, *squares = means + all;
@@ -80,24 +83,25 @@ INLINE void statistics_of(const float *x, int64_t channels, int64_t offset, cons
             const int64_t count = LEAST(STRIP, last - start), before = start - part * n->part;
             const float fresh = (float)count / (float)(before + count);
             for (int64_t c = begin; c < end; c += LANES) {
-                const float *from = x + start * channels + c;
+                const int64_t from = at + start * channels + c;
                 floats sums[CHAINS] = {{0}}, squares_of[CHAINS] = {{0}};
                 int64_t p = 0;
                 for (; p + CHAINS <= count; p += CHAINS) {
 #pragma GCC unroll 4
-                    for (int i = 0; i < CHAINS; i++) sums[i] += load(from + (p + i) * channels, end - c);
+                    for (int i = 0; i < CHAINS; i++)
+                        sums[i] += load_image(x, from + (p + i) * channels, end - c, kind);
                 }
-                for (; p < count; p++) sums[0] += load(from + p * channels, end - c);
+                for (; p < count; p++) sums[0] += load_image(x, from + p * channels, end - c, kind);
                 floats mean = (sums[0] + sums[1] + (sums[2] + sums[3])) / (float)count;
                 for (p = 0; p + CHAINS <= count; p += CHAINS) {
 #pragma GCC unroll 4
                     for (int i = 0; i < CHAINS; i++) {
-                        const floats deviation = load(from + (p + i) * channels, end - c) - mean;
+                        const floats deviation = load_image(x, from + (p + i) * channels, end - c, kind) - mean;
                         squares_of[i] += deviation * deviation;
                     }
                 }
                 for (; p < count; p++) {
-                    const floats deviation = load(from + p * channels, end - c) - mean;
+                    const floats deviation = load_image(x, from + p * channels, end - c, kind) - mean;
                     squares_of[0] += deviation * deviation;
                 }
                 floats square = squares_of[0] + squares_of[1] + (squares_of[2] + squares_of[3]);
@@ -114,13 +118,14 @@ INLINE void statistics_of(const float *x, int64_t channels, int64_t offset, cons
 }
 
 /* Of both inputs, the channels `begin` to `end` of all. */
-INLINE void statistics(const struct norm *n, int64_t image, int64_t first, int64_t parts, int64_t begin, int64_t end) {
+INLINE void statistics(const struct norm *n, int64_t image, int64_t first, int64_t parts, int64_t begin, int64_t end,
+                       const int kind) {
     const int64_t own = n->channels, all = own + n->channels2;
     float *work = n->work + image * n->parts * 2 * all;
-    statistics_of(n->x + image * n->x_stride, own, 0, n, work, first, parts, LEAST(begin, own), LEAST(end, own));
+    statistics_of(n->x, image * n->x_stride, own, 0, n, work, first, parts, LEAST(begin, own), LEAST(end, own), kind);
     if (n->x2)
-        statistics_of(n->x2 + image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0),
-                      MOST(end - own, 0));
+        statistics_of(n->x2, image * n->x2_stride, n->channels2, own, n, work, first, parts, MOST(begin - own, 0),
+                      MOST(end - own, 0), kind);
 }
 
 /* From the statistics of all parts to three numbers a channel of some groups, in the place of the first parts: what is
@@ -157,28 +162,29 @@ INLINE void finish(const struct norm *n, int64_t image, int64_t first, int64_t l
 
 /* `count` vectors of at most LANES channels, `x_step` and `out_step` floats apart, with their channels' numbers `step`
    apart. */
-INLINE void apply_beside(const float *x, int64_t x_step, const float *pivots, const float *factors, const float *terms,
-                         int64_t step, int32_t silu, float *out, int64_t out_step, int64_t lanes, const int count) {
+INLINE void apply_beside(const void *x, int64_t at, int64_t x_step, const float *pivots, const float *factors,
+                         const float *terms, int64_t step, int32_t silu, void *out, int64_t out_at, int64_t out_step,
+                         int64_t lanes, const int kind, const int count) {
     floats y[CHAINS];
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
-        y[i] = load(x + i * x_step, lanes) - load(pivots + i * step, lanes);
+        y[i] = load_image(x, at + i * x_step, lanes, kind) - load(pivots + i * step, lanes);
         y[i] = y[i] * load(factors + i * step, lanes) + load(terms + i * step, lanes);
     }
     if (silu) apply_silu(y, count);
 #pragma GCC unroll 4
-    for (int i = 0; i < count; i++) store(out + i * out_step, y[i], lanes);
+    for (int i = 0; i < count; i++) store_image(out, out_at + i * out_step, y[i], lanes, kind);
 }
 
-INLINE void apply_to(const float *x, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
-                     int64_t first, int64_t last, int64_t begin, int64_t end) {
+INLINE void apply_to(const void *x, int64_t at, int64_t channels, int64_t offset, const struct norm *n, int64_t image,
+                     int64_t first, int64_t last, int64_t begin, int64_t end, const int kind) {
     const int64_t all = n->channels + n->channels2;
     const float *factors = n->work + image * n->parts * 2 * all + offset, *terms = factors + all;
     const float *pivots = n->work + n->images * n->parts * 2 * all + image * all + offset;
-    float *out = n->out + image * n->pixels * all + offset;
+    const int64_t out_at = image * n->pixels * all + offset;
 #define APPLY(p, c, x_step, step, out_step, lanes, count)                                                             \
-    apply_beside(x + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu,           \
-                 out + (p) * all + (c), out_step, lanes, count)
+    apply_beside(x, at + (p) * channels + (c), x_step, pivots + (c), factors + (c), terms + (c), step, n->silu,       \
+                 n->out, out_at + (p) * all + (c), out_step, lanes, kind, count)
     for (int64_t p = first; p < last; p += CHAINS) {
         const int64_t pixels = LEAST(CHAINS, last - p);
         int64_t c = begin;
@@ -198,28 +204,40 @@ INLINE void apply_to(const float *x, int64_t channels, int64_t offset, const str
 }
 
 /* The pixels `first` to `last` of an image, the channels `begin` to `end` of all. */
-INLINE void apply(const struct norm *n, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end) {
+INLINE void apply(const struct norm *n, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end,
+                  const int kind) {
     const int64_t own = n->channels;
-    apply_to(n->x + image * n->x_stride, own, 0, n, image, first, last, LEAST(begin, own), LEAST(end, own));
+    apply_to(n->x, image * n->x_stride, own, 0, n, image, first, last, LEAST(begin, own), LEAST(end, own), kind);
     if (n->x2)
-        apply_to(n->x2 + image * n->x2_stride, n->channels2, own, n, image, first, last, MOST(begin - own, 0),
-                 MOST(end - own, 0));
+        apply_to(n->x2, image * n->x2_stride, n->channels2, own, n, image, first, last, MOST(begin - own, 0),
+                 MOST(end - own, 0), kind);
+}
+
+INLINE void span_of(const struct norm *n, int64_t part, const int kind) {
+    const int64_t image = part % n->images, span = part / n->images, wide = (n->channels + n->channels2) / n->groups;
+    const int64_t first = span * n->groups / n->spans, last = (span + 1) * n->groups / n->spans;
+    statistics(n, image, 0, n->parts, first * wide, last * wide, kind);
+    finish(n, image, first, last);
+    apply(n, image, 0, n->pixels, first * wide, last * wide, kind);
 }
 
 static void norm_span(const void *arguments, int64_t part, int64_t worker) {
     const struct norm *n = arguments;
-    const int64_t image = part % n->images, span = part / n->images, wide = (n->channels + n->channels2) / n->groups;
-    const int64_t first = span * n->groups / n->spans, last = (span + 1) * n->groups / n->spans;
     (void)worker;
-    statistics(n, image, 0, n->parts, first * wide, last * wide);
-    finish(n, image, first, last);
-    apply(n, image, 0, n->pixels, first * wide, last * wide);
+    if (n->kind == FLOAT32)
+        span_of(n, part, FLOAT32);
+    else
+        span_of(n, part, BFLOAT16);
 }
 
 static void norm_statistics(const void *arguments, int64_t index, int64_t worker) {
     const struct norm *n = arguments;
+    const int64_t image = index / n->parts, part = index % n->parts, all = n->channels + n->channels2;
     (void)worker;
-    statistics(n, index / n->parts, index % n->parts, 1, 0, n->channels + n->channels2);
+    if (n->kind == FLOAT32)
+        statistics(n, image, part, 1, 0, all, FLOAT32);
+    else
+        statistics(n, image, part, 1, 0, all, BFLOAT16);
 }
 
 static void norm_finish(const void *arguments, int64_t image, int64_t worker) {
@@ -230,9 +248,13 @@ static void norm_finish(const void *arguments, int64_t image, int64_t worker) {
 
 static void norm_apply(const void *arguments, int64_t index, int64_t worker) {
     const struct norm *n = arguments;
-    const int64_t part = index % n->parts, first = part * n->part;
+    const int64_t image = index / n->parts, first = index % n->parts * n->part, all = n->channels + n->channels2;
+    const int64_t last = LEAST(first + n->part, n->pixels);
     (void)worker;
-    apply(n, index / n->parts, first, LEAST(first + n->part, n->pixels), 0, n->channels + n->channels2);
+    if (n->kind == FLOAT32)
+        apply(n, image, first, last, 0, all, FLOAT32);
+    else
+        apply(n, image, first, last, 0, all, BFLOAT16);
 }
 
 #endif

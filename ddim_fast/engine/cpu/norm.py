@@ -19,6 +19,11 @@ SAMPLES = 32
 FAR = 0.98
 
 
+def takes(x: Tensor) -> bool:
+    """Whether `group_norm_silu` computes x (B, H, W, C) in its dtype with large means in mind."""
+    return x.dtype == torch.float32 or native.usable(x)
+
+
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -36,7 +41,7 @@ def group_norm_silu(
     """GroupNorm of concat([x, x2], -1) + add, then y * (1 + scale) + shift, then SiLU where `silu`.
 
     Args:
-        x, x2: (B, H, W, C1) and (B, H, W, C2), float32 on the CPU, each image dense.
+        x, x2: (B, H, W, C1) and (B, H, W, C2) on the CPU, each image dense; float32, or what `takes` accepts.
         weight, bias: float32 (C1 + C2,).
         add, scale, shift: float32 (C1 + C2,) or (B, C1 + C2).
         reuse_buffer: the result is read before this thread calls again, so its memory may serve the next call.
@@ -48,10 +53,10 @@ def group_norm_silu(
     channels = len(weight)
     if not x.numel():
         return x.new_empty(batch, height, width, channels)
-    if native.usable(x, weight, bias, x2, add, scale, shift):
+    if native.usable(x, x2):
         work = workspace.take("norm", calls.work_size(batch, height * width, channels))
         take = partial(workspace.take, "normed") if reuse_buffer else workspace.fresh
-        out = take(batch, height, width, channels)
+        out = take(batch, height, width, channels, dtype=x.dtype)
         calls.group_norm(x, weight, bias, num_groups, eps, x2, add, scale, shift, silu, work, out)
         return out
     parts = [x] if x2 is None else [x, x2]

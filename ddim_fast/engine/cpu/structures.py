@@ -5,29 +5,31 @@ import ctypes
 
 class Conv(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out", "taps", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "residual", "bias", "out", "taps", "scratch")),
         *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels", "out_channels")),
         *((name, ctypes.c_int64) for name in ("block", "group", "per_thread")),
         ("divisor", ctypes.c_float),
-        ("upsample", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("side", "kind")),
     ]
 
 
 class Direct(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "filters", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("x_stride", "out_stride", "residual_stride", "bias_stride")),
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_channels")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels", "stride", "padding")),
         ("divisor", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("kind", "pairs")),
     ]
 
 
 class Product(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "filters", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "in_channels", "out_channels", "group")),
+        *((name, ctypes.c_int32) for name in ("kind", "out_kind", "pairs")),
     ]
 
 
@@ -42,7 +44,7 @@ class Norm(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "channels2", "groups")),
         *((name, ctypes.c_int64) for name in ("part", "parts", "spans")),
         ("eps", ctypes.c_float),
-        ("silu", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("silu", "kind")),
     ]
 
 

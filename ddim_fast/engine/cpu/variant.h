@@ -1,5 +1,5 @@
-/* All inner functions for one instruction set. A `variant_*.c` says which: its name VARIANT, WIDTH floats that fill a
-   register, and ROWS rows that a product multiplies by two registers with some left free. */
+/* All inner functions for one instruction set. A `variant_*.c` says which: its name VARIANT, its number LEVEL, WIDTH
+   floats that fill a register, and ROWS rows that a product multiplies by two registers with some left free. */
 
 #include "kernels.h"
 

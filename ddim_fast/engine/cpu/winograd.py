@@ -42,6 +42,8 @@ FILTER = (
 UPSAMPLE_FILTER = ((1 / 4, 0, 0), (-1 / 3, -1 / 3, -1 / 3), (1 / 12, 1 / 3, 1 / 3), (1 / 6, 1 / 6, 2 / 3), (0, 0, 1))
 # The tap of the point 1 enters every output with weight 1, so a bias added to it reaches the whole tile.
 ONES = 1
+# Taps per side of F(2x2, 3x3), which only the C kernel knows.
+SMALL_TAPS = 4
 
 
 @dataclass
@@ -186,23 +188,35 @@ def block_tiles(in_channels: int, out_channels: int) -> int:
     return max(cache_bytes() // 2 // (4 * floats), SETTLED_ROWS)
 
 
-def native_block(in_channels: int) -> int:
+def bytes_of_taps(side: int) -> int:
+    """Bytes of a channel's taps of a tile, as the C kernel keeps them: float32, or bfloat16 of F(2x2, 3x3)."""
+    return side**2 * (2 if side == SMALL_TAPS else 4)
+
+
+def native_block(in_channels: int, side: int = 6) -> int:
     """The same for the C kernel, which keeps no products: an eighth of the cache, and still there the next time."""
-    return max(cache_bytes() // 8 // (4 * 36 * in_channels), SETTLED_ROWS)
+    return max(cache_bytes() // 8 // (bytes_of_taps(side) * in_channels), SETTLED_ROWS)
 
 
-def native_group(tiles: int, block: int, in_channels: int, out_channels: int, threads: int) -> tuple[int, bool]:
+def native_group(
+    tiles: int, block: int, in_channels: int, out_channels: int, threads: int, side: int = 6
+) -> tuple[int, bool]:
     """How many tiles a thread multiplies with filters that it transformed once, and whether with taps of its own.
 
     It does where there are enough tiles for all threads, with as many as fit its own cache. Else the threads share the
     taps of a block of tiles, and fewer make a group where threads would idle.
     """
-    own = own_cache_bytes() * 3 // 4 // (4 * 36 * (in_channels + PANEL))
+    own = own_cache_bytes() * 3 // 4 // (bytes_of_taps(side) * in_channels + 4 * side**2 * PANEL)
     own = min(max(own, LEAST_PER_THREAD), GROUP)
     if tiles >= 2 * threads * own:
         return own, True
     parts = -(-threads // -(-out_channels // PANEL))
     return min(max(-(-block // parts), LEAST_GROUP), GROUP), False
+
+
+def winograd_takes(x: Tensor) -> bool:
+    """Whether `winograd_conv3x3` computes x in its dtype: PyTorch's operators know float32 alone."""
+    return x.dtype == torch.float32 or native.usable(x)
 
 
 def winograd_conv3x3(
@@ -214,17 +228,19 @@ def winograd_conv3x3(
     output_scale_factor: float = 1.0,
     out: Tensor | None = None,
     tiles: int | None = None,
+    small: bool = False,
 ) -> Tensor:
     """(conv(x) + bias + residual) / output_scale_factor for a 3x3 filter, stride 1, padding 1.
 
     Args:
-        x: (B, H, W, Cin) float32 on the CPU, each image dense; any H and W.
+        x: (B, H, W, Cin) on the CPU, each image dense; any H and W; float32, or with the C kernels bfloat16.
         weight: the filter; where its `upsample` is set the conv reads x upsampled 2x (nearest).
         bias: float32 (Cout,) or (B, Cout).
         residual: like the result; it may be `out`.
         output_scale_factor: divides everything, as in diffusers' ResnetBlock2D.
         out: (B, H', W', Cout) to write to, each image dense.
         tiles: tiles per block; None fits a block into the last-level cache.
+        small: F(2x2, 3x3) with products of bfloat16, for bfloat16 images and not behind an upsampling.
 
     Returns:
         (B, H, W, Cout), or (B, 2H, 2W, Cout) behind the upsampling.
@@ -235,18 +251,20 @@ def winograd_conv3x3(
     grow = TILE // step
     out_channels, count = weight.weight.shape[0], weight.taps
     if out is None:
-        out = workspace.fresh(batch, height * grow, width * grow, out_channels)
-    if native.usable(x, bias, residual, out):
-        if weight.filters is None:
-            weight.filters = calls.pack_filters(weight.weight)
+        out = workspace.fresh(batch, height * grow, width * grow, out_channels, dtype=x.dtype)
+    if native.usable(x, residual, out):
+        if weight.filters is None or weight.filters.dtype != x.dtype:
+            weight.filters = calls.pack_filters(weight.weight, x.dtype)
+        side = SMALL_TAPS if small else count
+        step = step // 2 if small else step
         all_tiles = batch * -(-height // step) * -(-width // step)
-        block = min(all_tiles, tiles or native_block(channels))
-        group, per_thread = native_group(all_tiles, block, channels, out_channels, torch.get_num_threads())
+        block = min(all_tiles, tiles or native_block(channels, side))
+        group, per_thread = native_group(all_tiles, block, channels, out_channels, torch.get_num_threads(), side)
         calls.winograd_conv3x3(
             x,
             weight.filters,
             out,
-            weight.upsample,
+            side,
             bias,
             residual,
             output_scale_factor,
