@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import JobError, remedy
-from .formats.png import write_png
+from .formats.png import COLOR_TYPES, write_png
 from .job import Job
 from .records import Records, finish_record, write_finish_record
 from .store import Store, open_store
@@ -34,19 +34,17 @@ def write_grid(job: Job, store: Store, finished: Records, grid: str) -> None:
     if sheet is None:
         return
     data = write_png(sheet, {"Software": MARK})
+    folder, name = _place(store, grid)
+    _refuse_foreign(folder, name)
     if "/" not in grid and os.sep not in grid:
         # The record first: cut off between the two, the next run sees that the file is not there.
         files = finish_record(store)["files"]
-        _refuse_foreign(store, grid)
         write_finish_record(store, {**files, grid: hashlib.sha256(data).hexdigest()}, complete=True)
         store.write(grid, data)
     elif "://" in grid:
-        folder, name = grid.rsplit("/", 1)
-        _refuse_foreign(open_store(folder), name)
-        open_store(folder).write(name, data)
+        folder.write(name, data)
     else:
         path = Path(grid)
-        _refuse_foreign(open_store(path.parent), path.name)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.write_bytes(data)
         draft.replace(path)
@@ -66,9 +64,26 @@ def is_sheet(store: Store, name: str) -> bool:
         return False
 
 
+def check_grid(store: Store, grid: str, channels: int) -> None:
+    """Raise `ValueError` if no contact sheet can be written as `grid`, before work starts."""
+    if channels not in COLOR_TYPES:
+        raise ValueError(f"grid is {grid!r}, but a PNG has 1 to 4 channels and the model makes {channels}")
+    _refuse_foreign(*_place(store, grid))
+
+
+def _place(store: Store, grid: str) -> tuple[Store, str]:
+    """The folder of a contact sheet, and its name there."""
+    if "/" not in grid and os.sep not in grid:
+        return store, grid
+    if "://" in grid:
+        folder, name = grid.rsplit("/", 1)
+        return open_store(folder), name
+    return open_store(Path(grid).parent), Path(grid).name
+
+
 def _refuse_foreign(store: Store, name: str) -> None:
     if store.exists(name) and not is_sheet(store, name):
-        raise JobError(f"{store.out}/{name} is no contact sheet of a job, so it is kept; choose another `grid`")
+        raise ValueError(f"{store.out}/{name} is no contact sheet of a job, so it is kept; choose another `grid`")
 
 
 def read_images(job: Job, store: Store, finished: Records) -> Iterator[np.ndarray]:

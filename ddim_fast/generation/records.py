@@ -106,6 +106,6 @@ def _finished(text: bytes | None) -> ChunkRecord | None:
         return None
 
 
-def chunk_digest(files: list[bytes]) -> str:
-    """SHA-256 over the SHA-256 of each file of a chunk."""
-    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files)).hexdigest()
+def chunk_digest(key: str, files: list[bytes]) -> str:
+    """SHA-256 over the chunk's `key` in its record, so that a changed one is seen, and the SHA-256 of each file."""
+    return hashlib.sha256(b"".join([key.encode(), *(hashlib.sha256(data).digest() for data in files)])).hexdigest()

@@ -13,7 +13,7 @@ from .claim import claim
 from .errors import BadImages, JobError
 from .explain import explain
 from .finish import finish_job
-from .grid import write_grid
+from .grid import check_grid, write_grid
 from .job import Chunk, Job
 from .job_file import check_in_place, find_job
 from .plan import engine_of, load_pipeline, plan
@@ -76,6 +76,8 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
             choose = choose_batch_size
         found = find_job(store)
         job = plan(settings, pipe, seeds, found.job, choose)
+        if grid is not None:
+            check_grid(store, grid, job.image_shape[2])
         job = claim(job, store, found, settings.overwrite, grid)
         report = Report(store.out, settings.format, total=len(seeds), shard=f"{index}/{count}")
         report.batch_size, report.dtype = job.batch_size, job.settings["dtype"]

@@ -20,6 +20,7 @@ from .grid import DEFAULT_GRID, GRID_IMAGES, is_sheet_name
 from .protocols import Pipeline
 from .seeds import Seeds
 from .shards import find_shard, parse_shard
+from .store import open_store
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -82,8 +83,7 @@ class JobSettings:
     log: TextIO | None = None
 
     def __post_init__(self) -> None:
-        if not os.fspath(self.out).strip():
-            raise ValueError(f"out is {self.out!r}; name the job's folder, such as 'samples'")
+        open_store(self.out)
         _check_ray(self)
         for name in ("num_inference_steps", "chunk_size"):
             value = getattr(self, name)

@@ -25,6 +25,9 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_SEED)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
+# Ten million scattered seeds take half of that.
+MOST_BYTES = 2**28
+
 T = TypeVar("T")
 
 
@@ -57,8 +60,8 @@ class SettingsFile(TypedDict):
 
 
 class ChunkRecord(TypedDict):
-    """A finished chunk: how many images it has, the digest of its files, the seeds left out, and the digest of the
-    settings, seeds and labels that made it."""
+    """A finished chunk: how many images it has, the seeds left out, the digest of the settings, seeds and labels that
+    made it (`job`), and that of this and its files."""
 
     images: Count
     sha256: Digest
@@ -91,7 +94,11 @@ def read_state(store: Store, name: str, schema: type[T]) -> T:
 def read_bytes(store: Store, name: str) -> bytes:
     """The bytes of a state file. Raises `FileNotFoundError`, and `DamagedState` for one that cannot be read."""
     try:
-        return store.read(name)
+        with store.open(name) as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) <= MOST_BYTES:
+            return data
+        raise DamagedState(f"{store.out}/{name} is damaged (larger than {MOST_BYTES >> 20} MiB)")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(name) from None
     except (NotAPlainFile, IsADirectoryError) as error:

@@ -138,7 +138,7 @@ def _check_chunk(job: Job, store: Store, index: int, finished: Records) -> tuple
         images = sum(1 for _ in job.format.decode(job, seeds, contents))
         if images != len(seeds):
             raise ValueError(f"holds {images} images, not {len(seeds)}")
-        if chunk_digest(contents) != record["sha256"]:
+        if chunk_digest(record["job"], contents) != record["sha256"]:
             raise ValueError("decodes, but does not hold the bytes that were written")
     except Exception as error:
         # Whatever a library says of bytes that no job wrote.

@@ -147,11 +147,12 @@ def publish_chunk(job: Job, store: Store, chunk: Chunk, encoded: list[bytes | No
     labels = [chunk.labels[at] for at in kept] if chunk.labels is not None else None
     data: list[bytes] = [encoded[at] or b"" for at in kept]
     files = job.format.pack(job, chunk.index, seeds, labels, data)
+    key = chunk_key(job, chunk)
     record: ChunkRecord = {
         "images": len(kept),
-        "sha256": chunk_digest([content for _, content in files]),
+        "sha256": chunk_digest(key, [content for _, content in files]),
         "bad": sorted(bad),
-        "job": chunk_key(job, chunk),
+        "job": key,
     }
     store.publish(files, (record_name(chunk.index), state_text(record)), begun_text(len(kept)))
     return record

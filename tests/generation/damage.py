@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fake_jobs import make, tree
 
@@ -124,7 +125,7 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
     (home / "thesis.txt").write_text("three years of work")
     make(out, format=format, **JOB)
     images = {name: data for name, data in tree(out).items() if not name.startswith((".ddim-fast", "job.json"))}
-    done = []
+    meant, done = meaning(out), []
     for _ in range(chance.choice([1, 1, 1, 2])):
         path = out / chance.choice(STATE_FILES)
         if path.is_file() and not path.is_symlink() and path.stat().st_size:
@@ -132,8 +133,9 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
                 done.append(f"{path.relative_to(out)}: {chance.choice(DAMAGES)(path, chance)}")
             except (ValueError, TypeError, AttributeError, RecursionError):
                 done.append(f"{path.relative_to(out)}: {cut(path, chance)}")
+    changed = meaning(out) != meant
     what = f"seed {seed}, {format}, {'; '.join(done)}"
-    steps: list[tuple[str, Callable[[], object]]] = [
+    steps: list[tuple[str, Callable[[], Any]]] = [
         ("verify", lambda: verify(out)),
         ("run", lambda: make(out, format=format, **JOB)),
         ("repair", lambda: verify(out, repair=True)),
@@ -142,8 +144,10 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
     refusal = ""
     for name, step in steps:
         try:
-            step()
+            result = step()
             refusal = ""
+            if name == "verify" and changed and result.ok:
+                return f"{what}: verify sees nothing of it"
         except (ValueError, JobError) as error:
             refusal = str(error)
         except BaseException as error:
@@ -163,6 +167,19 @@ def try_once(folder: Path, seed: int, format: str) -> str | None:
     except (ValueError, JobError) as error:
         return f"{what}: overwrite was refused: {error}"
     return None
+
+
+def meaning(out: Path) -> list[object]:
+    """What the state files say, whatever their spelling."""
+    said: list[object] = []
+    for name in STATE_FILES:
+        try:
+            said.append(
+                json.loads((out / name).read_bytes()) if stat.S_ISREG((out / name).lstat().st_mode) else "no file"
+            )
+        except (OSError, ValueError, RecursionError):
+            said.append("nothing")
+    return said
 
 
 def tree_of_files(folder: Path) -> dict[str, bytes]:

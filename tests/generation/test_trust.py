@@ -294,6 +294,46 @@ def test_a_place_where_no_folder_can_be_made_is_said_so():
 def test_a_contact_sheet_replaces_no_picture_that_is_not_one(tmp_path):
     picture = Path(tmp_path, "sheet.png")
     picture.write_text("my picture")
-    with pytest.raises((ValueError, JobError), match=r"kept|choose another"):
-        make(tmp_path / "out", "0-9", grid=str(picture))
-    assert picture.read_text() == "my picture"
+    pipe = FakePipeline()
+    with pytest.raises(ValueError, match=r"sheet\.png is no contact sheet of a job, so it is kept"):
+        make(tmp_path / "out", "0-9", pipe=pipe, grid=str(picture))
+    assert not pipe.calls
+    make(tmp_path / "out", "0-9")
+    (tmp_path / "out/sheet.png").write_text("my picture")
+    with pytest.raises(ValueError, match="so it is kept"):
+        make(tmp_path / "out", "0-9", grid="sheet.png")
+    assert picture.read_text() == (tmp_path / "out/sheet.png").read_text() == "my picture"
+
+
+def test_a_contact_sheet_of_what_no_png_can_hold_is_refused_before_work(tmp_path):
+    pipe = FakePipeline(channels=5)
+    with pytest.raises(ValueError, match=r"grid is .*the model makes 5"):
+        make(tmp_path, "0-9", pipe=pipe, format="npz", grid=True)
+    assert not pipe.calls
+
+
+@pytest.mark.parametrize("out", ["", " ", "s3:/bucket/run", "s3:bucket", "nosuch://bucket/run"])
+def test_a_name_that_is_no_place_is_refused(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    for use in (make, verify):
+        with pytest.raises(ValueError, match=f"out is {out!r}"):
+            use(out)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_whose_name_starts_like_the_jobs_is_another(tmp_path):
+    class Failing(FakePipeline):
+        def sample_uint8(self, **arguments):
+            raise PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/out2/cache")
+
+    with pytest.raises(JobError, match=f"^{tmp_path}/out2/cache: Permission denied"):
+        make(tmp_path / "out", pipe=Failing())
+
+
+@pytest.mark.parametrize("name", STATE_FILES)
+def test_a_state_file_as_large_as_a_disk_is_damage(tmp_path, name):
+    make(tmp_path, "0-31")
+    os.truncate(tmp_path / name, 10**12)
+    assert not verify(tmp_path, repair=True).ok
+    assert make(tmp_path, "0-31").complete
+    assert verify(tmp_path).ok

@@ -103,7 +103,7 @@ def _take(job: Job, store: Store, index: int, finished: Records) -> tuple[bytes,
         (pixels,) = contents(job, store, [chunk.seeds[at] for at in kept], index, finished)
     except (FileNotFoundError, ValueError):
         pixels = b""
-    if chunk_digest([pixels]) != finished[index]["sha256"]:
+    if chunk_digest(finished[index]["job"], [pixels]) != finished[index]["sha256"]:
         raise JobError(f"chunk {index} of {ARRAY} is damaged; {remedy(store.out)}, then run the job again")
     return pixels, [chunk.labels[at] for at in kept] if chunk.labels is not None else []
 

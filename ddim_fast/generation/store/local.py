@@ -22,6 +22,8 @@ NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 DRAFTS = f"{HIDDEN}/tmp"
 
 DRAFT_THREADS = 4
+# No record is as large.
+MOST_OF_MANY = 2**26
 # Fewer are written sooner than threads start.
 FILES_PER_THREAD = 16
 
@@ -75,18 +77,21 @@ class LocalStore:
                 os.mkdir(self.drafts)
 
     def holds(self, path: str) -> bool:
-        return os.path.abspath(path).startswith(self.out)
+        path = os.path.abspath(path)
+        return path == self.out or path.startswith(os.path.join(self.out, ""))
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
 
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """The content of each file, None for one that is not there; empty for what is no file."""
+        """The content of each file, None for one that is not there; empty for what is no file, or too large."""
         found: list[bytes | None] = []
         for name in names:
             try:
-                found.append(self.read(name))
+                with self.open(name) as file:
+                    data = file.read(MOST_OF_MANY + 1)
+                found.append(data if len(data) <= MOST_OF_MANY else b"")
             except FileNotFoundError:
                 found.append(None)
             except NotAPlainFile:

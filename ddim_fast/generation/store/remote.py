@@ -40,7 +40,7 @@ class RemoteStore:
         return f"{self.root}/{name}" if name else self.root
 
     def holds(self, path: str) -> bool:
-        return path.startswith(self.root)
+        return path == self.root or path.startswith(f"{self.root}/")
 
     @contextmanager
     def held(self, index: int, count: int) -> Iterator[None]:
