@@ -16,17 +16,10 @@ from typing import Any
 import torch
 
 from .autograd import backward_through
+from .checks import check_activation, check_not_differentiated, check_output, check_shaped, check_vector
 from .launch import launch, use_triton
-from .nhwc import (
-    check_activation,
-    check_not_differentiated,
-    check_output,
-    check_shaped,
-    check_vector,
-    image_stride,
-    offset,
-    pixels,
-)
+from .nhwc import image_stride, pixels
+from .offsets import offset
 from .optional_triton import tl, triton
 from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
 from .tiles import cdiv, chunk_count, row_tile, row_warps
@@ -54,15 +47,15 @@ def add_residual_reference(
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
 def _add_residual_kernel(
-    x,
-    residual,
-    bias,
-    out,
-    stats,
-    rows,
-    chunks,
+    x,  # (B, *spatial, C)
+    residual,  # as x, or None
+    bias,  # (C,) or (B, C), or None
+    out,  # as x; may be x or residual
+    stats,  # float32 (B, chunks, 2, C), or None
+    rows,  # pixels of an image
+    chunks,  # K of the statistics
     output_scale_factor,
-    x_stride,
+    x_stride,  # strides from image to image, in elements; 0 for a shared vector
     residual_stride,
     bias_stride,
     out_stride,
@@ -221,7 +214,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tens
     def reference(x: torch.Tensor, residual: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         return add_residual_reference(x, residual, bias, ctx.output_scale_factor)
 
-    return *backward_through(reference, ctx.saved_tensors, ctx.needs_input_grad[:3], grad), None, None
+    return *backward_through(reference, ctx.saved_tensors, ctx.needs_input_grad[:3], (grad,)), None, None
 
 
 _add_residual.register_autograd(_backward, setup_context=_save_for_backward)
@@ -266,9 +259,9 @@ def add_residual(
     if bias is not None:
         check_vector("bias", bias, x.shape[0], x.shape[-1], x)
     if output_scale_factor == 0:
-        raise ValueError("output_scale_factor is 0; expected a divisor other than 0")
+        raise ValueError("`output_scale_factor` must be a divisor other than 0, got 0")
     if out is None:
         return _add_residual(x, residual, bias, float(output_scale_factor), want_stats)
     check_output("out", out, x.shape, x)
-    check_not_differentiated("out", x, residual, bias)
+    check_not_differentiated("`out`", x, residual, bias)
     return out, _add_residual_out(x, residual, bias, float(output_scale_factor), want_stats, out)

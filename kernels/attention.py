@@ -21,12 +21,16 @@ import functools
 import logging
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .autograd import backward_through
+from .checks import FLOATS, check_channels_adjacent, check_dtype
 from .launch import INTERPRETED, launch, triton_dtype, use_triton
+from .offsets import offset
 from .optional_triton import tl, triton
 from .tiles import cdiv, next_power_of_2
 
@@ -34,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 512
 _asked_capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attention_reference(qkv: torch.Tensor, heads: int, scale: float | None = None) -> torch.Tensor:
@@ -47,11 +50,11 @@ def attention_reference(qkv: torch.Tensor, heads: int, scale: float | None = Non
 
 @triton.jit(do_not_specialize=["length", "batch_units"])
 def _attention_kernel(
-    qkv,
-    out,
-    length,
-    batch_units,
-    scale_log2,
+    qkv,  # (B, length, 3 * HEADS * HEAD_DIM), rows ROW_STRIDE apart
+    out,  # (B, length, HEADS * HEAD_DIM), contiguous
+    length,  # queries, and keys
+    batch_units,  # elements from image to image, divided by BATCH_UNIT
+    scale_log2,  # what logits are multiplied by, for powers of 2
     BATCH_UNIT: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -67,7 +70,7 @@ def _attention_kernel(
     blocks = tl.cdiv(length, BLOCK_M)
     first_query = (tl.program_id(0) % blocks) * BLOCK_M
     head = (tl.program_id(0) // blocks) % HEADS
-    batch = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
+    batch = tl.program_id(0) // (blocks * HEADS)
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
@@ -79,8 +82,8 @@ def _attention_kernel(
     in_query = first_query + rows_m < length
 
     # Scalars carry the 64-bit part of every address, so that the offsets inside a tile stay 32 bits wide.
-    image = qkv + batch * batch_units * BATCH_UNIT
-    q_tile = image + first_query.to(tl.int64) * ROW_STRIDE + head * HEAD_DIM
+    image = qkv + offset(batch, batch_units) * BATCH_UNIT
+    q_tile = image + offset(first_query, ROW_STRIDE) + head * HEAD_DIM
     k_tile = image + WIDTH + head * HEAD_DIM
     v_tile = k_tile + WIDTH
 
@@ -142,7 +145,7 @@ def _attention_kernel(
         v_tile += BLOCK_N * ROW_STRIDE
 
     accumulator = accumulator / total[:, None]
-    out_tile = out + (batch * length + first_query) * WIDTH + head * HEAD_DIM
+    out_tile = out + offset(offset(batch, length) + first_query, WIDTH) + head * HEAD_DIM
     out_mask = in_query[:, None] if EVEN_D else in_query[:, None] & in_column[None, :]
     tl.store(
         out_tile + rows_m[:, None] * WIDTH + columns[None, :], accumulator.to(out.dtype.element_ty), mask=out_mask
@@ -277,21 +280,17 @@ def _(qkv: torch.Tensor, heads: int, scale: float | None) -> torch.Tensor:
     return qkv.new_empty(batch, length, width // 3)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     qkv, ctx.heads, ctx.scale = inputs
     ctx.save_for_backward(qkv)
 
 
-def _backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    (qkv,) = ctx.saved_tensors
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        out = attention_reference(leaf, ctx.heads, ctx.scale)
-        (grad_qkv,) = torch.autograd.grad(out, leaf, grad)
-    return grad_qkv, None, None
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    reference = partial(attention_reference, heads=ctx.heads, scale=ctx.scale)
+    return *backward_through(reference, ctx.saved_tensors, ctx.needs_input_grad[:1], (grad,)), None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def attention(qkv: torch.Tensor, heads: int, *, scale: float | None = None) -> torch.Tensor:
@@ -317,17 +316,14 @@ def attention(qkv: torch.Tensor, heads: int, *, scale: float | None = None) -> t
         >>> attention(qkv, heads=4).shape
         torch.Size([2, 64, 64])
     """
-    if qkv.dtype not in _DTYPES:
-        raise TypeError(f"qkv has dtype {qkv.dtype}; attention takes float16, bfloat16 or float32: convert it")
+    check_dtype("qkv", qkv, FLOATS)
     if qkv.dim() != 3 or qkv.shape[1] < 1:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (batch, length >= 1, 3 * heads * head_dim)")
+        raise ValueError(f"`qkv` must be shaped (B, length >= 1, 3 * heads * head_dim), got {tuple(qkv.shape)}")
     if heads < 1 or qkv.shape[2] % (3 * heads) or qkv.shape[2] == 0:
         raise ValueError(
-            f"heads is {heads} and qkv has {qkv.shape[2]} channels; heads must be at least 1 and the channels "
-            f"3 * heads * head_dim"
+            f"`heads` must be at least 1 and divide a third of the {qkv.shape[2]} channels of `qkv`, got {heads}"
         )
-    if qkv.stride(2) != 1:
-        raise ValueError(f"qkv has strides {qkv.stride()}; its channels must be dense: call qkv.contiguous()")
+    check_channels_adjacent("qkv", qkv)
     if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be a finite number, or None for 1/sqrt(head_dim)")
+        raise ValueError(f"`scale` must be a finite number, or None for 1/sqrt(head_dim), got {scale}")
     return _attention(qkv, heads, scale)

@@ -13,10 +13,15 @@ its cache lines, so each byte leaves DRAM once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .images import FLOATS, check_apart, check_images, check_like, image_offset, is_nchw, is_nhwc
+from .autograd import backward_through
+from .checks import FLOATS, check_apart, check_images, check_like, check_not_differentiated
+from .images import is_nchw, is_nhwc
 from .launch import launch, use_triton
+from .offsets import offset
 from .optional_triton import tl, triton
 from .philox_normal import STEP, block_size, check_seeds, normal_at, normal_quads, philox_normal_reference, warps
 from .tiles import cdiv
@@ -83,27 +88,27 @@ def _offset(pixel, channel, pixels, CHANNELS: tl.constexpr, NHWC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles"])
 def _ddim_step_kernel(
-    sample,
-    model_output,
-    row,
-    threshold,
-    noise,
-    seeds,
-    model_bias,
-    previous_x0,
-    out,
-    out_low,
-    x0_out,
-    clip_range,
-    sample_stride,
+    sample,  # float32 (B, C, H, W), as all below in NCHW or channels last
+    model_output,  # (B, C, H, W)
+    row,  # float32 (ROW_WIDTH,), of the step table
+    threshold,  # float32 (B,), or None
+    noise,  # (B, C, H, W), or None
+    seeds,  # int64 (B,), or None
+    model_bias,  # (C,), or None
+    previous_x0,  # float32 (B, C, H, W), or None
+    out,  # float32 (B, C, H, W)
+    out_low,  # (B, C, H, W), or None
+    x0_out,  # float32 (B, C, H, W), or None
+    clip_range,  # a number, or None
+    sample_stride,  # strides from image to image, in elements
     model_output_stride,
     noise_stride,
     previous_x0_stride,
     out_stride,
     out_low_stride,
     x0_out_stride,
-    pixels,
-    tiles,
+    pixels,  # H * W; C * H * W where an image is one line
+    tiles,  # programs per image and group of channels
     CHANNELS: tl.constexpr,
     CHANNELS_PER_PROGRAM: tl.constexpr,
     BIAS_PERIOD: tl.constexpr,
@@ -127,9 +132,9 @@ def _ddim_step_kernel(
     pixel = tile * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < pixels
 
-    sample += image_offset(image, sample_stride)
-    model_output += image_offset(image, model_output_stride)
-    out += image_offset(image, out_stride)
+    sample += offset(image, sample_stride)
+    model_output += offset(image, model_output_stride)
+    out += offset(image, out_stride)
     signal_scale = tl.load(row + _SIGNAL_SCALE)
     noise_scale = tl.load(row + _NOISE_SCALE)
     c_x0 = tl.load(row + _C_X0)
@@ -139,18 +144,18 @@ def _ddim_step_kernel(
         c_sample = tl.load(row + _C_SAMPLE)
     if previous_x0 is not None:
         c_previous = tl.load(row + _C_PREVIOUS)
-        previous_x0 += image_offset(image, previous_x0_stride)
+        previous_x0 += offset(image, previous_x0_stride)
     if threshold is not None:
         limit = tl.load(threshold + image)
     if noise is not None:
-        noise += image_offset(image, noise_stride)
+        noise += offset(image, noise_stride)
     if seeds is not None:
         seed = tl.load(seeds + image)
         step = tl.load(row + _INDEX).to(tl.int32)
     if out_low is not None:
-        out_low += image_offset(image, out_low_stride)
+        out_low += offset(image, out_low_stride)
     if x0_out is not None:
-        x0_out += image_offset(image, x0_out_stride)
+        x0_out += offset(image, x0_out_stride)
 
     for i in tl.static_range(CHANNELS_PER_PROGRAM):
         channel = group * CHANNELS_PER_PROGRAM + i
@@ -310,8 +315,9 @@ def _ddim_step_out(
         _launch_ddim_step(sample, model_output, table, step, *options, *terms, out, out_low, x0_out)
         return
     row = table[step]
-    if seeds is not None and coefficient(row, "c_noise") != 0:
-        noise = philox_normal_reference(seeds, int(coefficient(row, "index")), sample.shape, STEP)
+    # On CUDA nothing is read back, so that a graph can hold this; a noise that is not wanted is then dropped.
+    if seeds is not None and (sample.is_cuda or coefficient(row, "c_noise") != 0):
+        noise = philox_normal_reference(seeds, coefficient(row, "index").long(), sample.shape, STEP)
     result, x0 = ddim_step_reference(
         sample,
         model_output,
@@ -353,12 +359,12 @@ def _ddim_step(
     x0 = torch.empty_like(sample) if return_x0 else None
     options = (prediction_type, clip_range, threshold, use_clipped_model_output, noise, seeds, model_bias)
     terms = (use_sample, previous_x0)
-    torch.ops.ddim_fast.ddim_step_out(sample, model_output, table, step, *options, *terms, out, None, x0)
+    _ddim_step_out(sample, model_output, table, step, *options, *terms, out, None, x0)
     return out, sample.new_empty(0) if x0 is None else x0
 
 
 @_ddim_step.register_fake
-def _(sample, model_output, table, step, *options):
+def _(sample: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(sample), torch.empty_like(sample) if options[-1] else sample.new_empty(0)
 
 
@@ -366,34 +372,32 @@ def _(sample, model_output, table, step, *options):
 DIFFERENTIABLE = (0, 1, 6, 8, 10, 12)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(*(inputs[index] for index in DIFFERENTIABLE), inputs[2])
     ctx.inputs = [None if index in (*DIFFERENTIABLE, 2, 9) else value for index, value in enumerate(inputs)]
 
 
-def _backward(ctx, grad_next, grad_x0):
-    """Gradients of everything but the table, through the reference; twice differentiable."""
+def _backward(ctx: Any, grad_next: torch.Tensor, grad_x0: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *saved, table = ctx.saved_tensors
     step, prediction_type, clip_range, clipped = (ctx.inputs[index] for index in (3, 4, 5, 7))
     use_sample, return_x0 = ctx.inputs[11], ctx.inputs[13]
-    needed = [ctx.needs_input_grad[index] for index in DIFFERENTIABLE]
-    twice = torch.is_grad_enabled()
-    if not twice:
-        saved = [t.detach().requires_grad_() if need else t for t, need in zip(saved, needed, strict=True)]
-    sample, model_output, threshold, noise, bias, previous_x0 = saved
-    with torch.enable_grad():
+
+    def reference(
+        sample: torch.Tensor, model_output: torch.Tensor, *others: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        threshold, noise, bias, previous_x0 = others
         options = (prediction_type, clip_range, threshold, clipped, noise, bias, use_sample, previous_x0)
-        outputs = ddim_step_reference(sample, model_output, table[step], *options)
-        outputs, gradients = (outputs, (grad_next, grad_x0)) if return_x0 else (outputs[:1], (grad_next,))
-        wanted = [tensor for tensor, need in zip(saved, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=twice, allow_unused=True))
-    result = [None] * len(ctx.inputs)
-    for index, need in zip(DIFFERENTIABLE, needed, strict=True):
-        result[index] = next(found) if need else None
+        return ddim_step_reference(sample, model_output, table[step], *options)
+
+    needed = [ctx.needs_input_grad[index] for index in DIFFERENTIABLE]
+    found = backward_through(reference, saved, needed, (grad_next, grad_x0) if return_x0 else (grad_next,))
+    result: list[torch.Tensor | None] = [None] * len(ctx.inputs)
+    for index, gradient in zip(DIFFERENTIABLE, found, strict=True):
+        result[index] = gradient
     return tuple(result)
 
 
-_ddim_step.register_autograd(_backward, setup_context=_setup_context)
+_ddim_step.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def check_update(
@@ -463,8 +467,8 @@ def ddim_step(
         Differentiable in sample, model_output, threshold, noise, model_bias and previous_x0.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype, device, memory order or value.
-        RuntimeError: `out`, `out_low` or `x0_out` together with an input that requires a gradient.
+        ValueError, TypeError: an argument has the wrong shape, dtype, device, memory order or value, or `out`,
+            `out_low` or `x0_out` is given together with an input that requires a gradient.
 
     Example:
         >>> from ddim_fast import DDIMScheduler
@@ -504,15 +508,11 @@ def ddim_step(
     options = (prediction_type, clip_range, threshold, use_clipped_model_output, noise, seeds, model_bias)
     terms = (use_sample, previous_x0)
     if out is None and out_low is None and x0_out is None:
-        result, x0 = torch.ops.ddim_fast.ddim_step(sample, model_output, table, step, *options, *terms, return_x0)
+        result, x0 = _ddim_step(sample, model_output, table, step, *options, *terms, return_x0)
         return (result, x0) if return_x0 else result
     inputs = (sample, model_output, threshold, noise, model_bias, previous_x0)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        raise RuntimeError(
-            "`out`, `out_low` and `x0_out` have no gradient, but an input requires one: drop them, or call under "
-            "torch.no_grad()"
-        )
+    check_not_differentiated("`out`, `out_low` and `x0_out`", *inputs)
     result = torch.empty_like(sample) if out is None else out
     x0 = torch.empty_like(sample) if return_x0 and x0_out is None else x0_out
-    torch.ops.ddim_fast.ddim_step_out(sample, model_output, table, step, *options, *terms, result, out_low, x0)
+    _ddim_step_out(sample, model_output, table, step, *options, *terms, result, out_low, x0)
     return (result, x0) if return_x0 and x0 is not None else result

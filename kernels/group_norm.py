@@ -27,19 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from .autograd import backward_through
+from .checks import check_activation, check_not_differentiated, check_output, check_shape, check_vector
 from .launch import launch, use_triton
-from .nhwc import (
-    check_activation,
-    check_not_differentiated,
-    check_output,
-    check_vector,
-    flat,
-    image_stride,
-    load_pair,
-    offset,
-    per_image,
-    pixels,
-)
+from .nhwc import flat, image_stride, load_pair, per_image, pixels
+from .offsets import offset
 from .optional_triton import tl, triton
 from .statistics import channel_statistics, check_statistics, combine_chunks, launch_statistics, load_statistics
 from .tiles import Tile, apply_tile, cdiv, chunk_tile, next_power_of_2, single_tile
@@ -126,8 +117,8 @@ def _group_total(value, member):
 
 
 @triton.jit
-def _members(CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    return tl.arange(0, BLOCK_G)[:, None] == (tl.arange(0, BLOCK_C) // CPG)[None, :]
+def _members(CHANNELS_PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    return tl.arange(0, BLOCK_G)[:, None] == (tl.arange(0, BLOCK_C) // CHANNELS_PER_GROUP)[None, :]
 
 
 @triton.jit
@@ -154,17 +145,17 @@ def _silu(y):
 
 @triton.jit(do_not_specialize=["rows"])
 def _single_kernel(
-    x,
-    x2,
-    weight,
-    bias,
-    add,
-    scale,
-    shift,
-    out,
-    rows,
+    x,  # (B, *spatial, C1)
+    x2,  # (B, *spatial, C2), or None
+    weight,  # (C,), C = C1 + C2
+    bias,  # (C,)
+    add,  # (C,) or (B, C), or None
+    scale,  # (C,) or (B, C), or None
+    shift,  # (C,) or (B, C), or None
+    out,  # (B, *spatial, C)
+    rows,  # pixels of an image
     eps,
-    x_stride,
+    x_stride,  # strides from image to image, in elements; 0 for a shared vector
     x2_stride,
     add_stride,
     scale_stride,
@@ -172,7 +163,7 @@ def _single_kernel(
     out_stride,
     C1: tl.constexpr,
     C2: tl.constexpr,
-    CPG: tl.constexpr,
+    CHANNELS_PER_GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,24 +171,24 @@ def _single_kernel(
     BLOCK_G: tl.constexpr,
 ):
     channels: tl.constexpr = C1 + C2
-    blocks: tl.constexpr = channels // (GROUPS * CPG)
+    blocks: tl.constexpr = channels // (GROUPS * CHANNELS_PER_GROUP)
     program = tl.program_id(0)
     image = program // blocks
     column = tl.arange(0, BLOCK_C)
-    inside = column < GROUPS * CPG
-    channel = program % blocks * (GROUPS * CPG) + column
+    inside = column < GROUPS * CHANNELS_PER_GROUP
+    channel = program % blocks * (GROUPS * CHANNELS_PER_GROUP) + column
     x += offset(image, x_stride)
     if C2 > 0:
         x2 += offset(image, x2_stride)
 
     lane = tl.arange(0, BLOCK_N)
     mask = (lane < rows)[:, None] & inside[None, :]
-    value = load_pair(x, x2, 0, lane, channel, mask, C1, C2, GROUPS * CPG)
+    value = load_pair(x, x2, 0, lane, channel, mask, C1, C2, GROUPS * CHANNELS_PER_GROUP)
     if add is not None:
         vector = _load_vector(add, image, add_stride, channel, inside)
         value = tl.where(mask, value + vector[None, :], 0.0)
-    member = _members(CPG, BLOCK_C, BLOCK_G)
-    count = rows * 1.0 * CPG
+    member = _members(CHANNELS_PER_GROUP, BLOCK_C, BLOCK_G)
+    count = rows * 1.0 * CHANNELS_PER_GROUP
     mean = _group_total(tl.sum(value, 0), member) / count
     value = tl.where(mask, value - mean[None, :], 0.0)
     variance = _group_total(tl.sum(value * value, 0), member) / count
@@ -213,22 +204,22 @@ def _single_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "chunks", "chunks2"])
 def _apply_kernel(
-    x,
-    x2,
-    weight,
-    bias,
-    add,
-    scale,
-    shift,
-    stats,
-    stats2,
-    out,
-    rows,
-    rows_per_program,
+    x,  # (B, *spatial, C1)
+    x2,  # (B, *spatial, C2), or None
+    weight,  # (C,), C = C1 + C2
+    bias,  # (C,)
+    add,  # (C,) or (B, C), or None
+    scale,  # (C,) or (B, C), or None
+    shift,  # (C,) or (B, C), or None
+    stats,  # float32 (B, chunks, 2, C1), strided
+    stats2,  # float32 (B, chunks2, 2, C2), strided, or None
+    out,  # (B, *spatial, C)
+    rows,  # pixels of an image
+    rows_per_program,  # a multiple of BLOCK_N
     eps,
-    chunks,
-    chunks2,
-    x_stride,
+    chunks,  # K of stats
+    chunks2,  # K of stats2
+    x_stride,  # strides from image to image, in elements; 0 for a shared vector
     x2_stride,
     add_stride,
     scale_stride,
@@ -242,7 +233,7 @@ def _apply_kernel(
     out_stride,
     C1: tl.constexpr,
     C2: tl.constexpr,
-    CPG: tl.constexpr,
+    CHANNELS_PER_GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -251,14 +242,14 @@ def _apply_kernel(
     BLOCK_K: tl.constexpr,
 ):
     channels: tl.constexpr = C1 + C2
-    blocks: tl.constexpr = channels // (GROUPS * CPG)
+    blocks: tl.constexpr = channels // (GROUPS * CHANNELS_PER_GROUP)
     program = tl.program_id(0)
     row_programs = (rows + rows_per_program - 1) // rows_per_program
     start = program // blocks % row_programs * rows_per_program
     image = program // blocks // row_programs
     column = tl.arange(0, BLOCK_C)
-    inside = column < GROUPS * CPG
-    channel = program % blocks * (GROUPS * CPG) + column
+    inside = column < GROUPS * CHANNELS_PER_GROUP
+    channel = program % blocks * (GROUPS * CHANNELS_PER_GROUP) + column
     x += offset(image, x_stride)
     out += offset(image, out_stride)
 
@@ -280,11 +271,11 @@ def _apply_kernel(
     if add is not None:
         displacement = _load_vector(add, image, add_stride, channel, inside)
     mean += displacement
-    member = _members(CPG, BLOCK_C, BLOCK_G)
-    centre = _group_total(mean, member) / CPG
+    member = _members(CHANNELS_PER_GROUP, BLOCK_C, BLOCK_G)
+    centre = _group_total(mean, member) / CHANNELS_PER_GROUP
     spread = tl.where(inside, mean - centre, 0.0)
     pixels_as_float = rows * 1.0
-    variance = _group_total(m2 + pixels_as_float * spread * spread, member) / (pixels_as_float * CPG)
+    variance = _group_total(m2 + pixels_as_float * spread * spread, member) / (pixels_as_float * CHANNELS_PER_GROUP)
     factor, term = _affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, inside, tl.rsqrt(variance + eps)
     )
@@ -294,7 +285,7 @@ def _apply_kernel(
     stop = tl.minimum(start + rows_per_program, rows)
     for row in range(start, stop, BLOCK_N):
         mask = (row + lane < stop)[:, None] & inside[None, :]
-        value = load_pair(x, x2, row, lane, channel, mask, C1, C2, GROUPS * CPG)
+        value = load_pair(x, x2, row, lane, channel, mask, C1, C2, GROUPS * CHANNELS_PER_GROUP)
         y = (value + displacement[None, :]) * factor[None, :] + term[None, :]
         if SILU:
             y = _silu(y)
@@ -336,7 +327,7 @@ def _launch_group_norm(
         return {
             "C1": channels,
             "C2": channels2,
-            "CPG": channels_per_group,
+            "CHANNELS_PER_GROUP": channels_per_group,
             "GROUPS": tile.groups,
             "SILU": silu,
             "BLOCK_N": tile.block_n,
@@ -430,7 +421,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     reference = partial(_differentiable, num_groups=ctx.num_groups, eps=ctx.eps, silu=ctx.silu)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 7, 8, 9)]
-    x, weight, bias, x2, add, scale, shift = backward_through(reference, ctx.saved_tensors, needed, grad)
+    x, weight, bias, x2, add, scale, shift = backward_through(reference, ctx.saved_tensors, needed, (grad,))
     return x, weight, bias, None, None, x2, None, add, scale, shift, None, None
 
 
@@ -484,25 +475,24 @@ def group_norm(
         check_activation("x2", x2, x)
     batch, channels = x.shape[0], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
+        raise ValueError(f"`num_groups` must be a divisor of the {channels} channels, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.dim() != 1:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected ({channels},)")
+        check_shape(name, parameter, (channels,))
         check_vector(name, parameter, batch, channels, x)
     for name, vector in (("add", add), ("scale", scale), ("shift", shift)):
         if vector is not None:
             check_vector(name, vector, batch, channels, x)
     if (scale is None) != (shift is None):
-        raise ValueError("scale and shift come together; pass zeros for the one that is not wanted")
+        raise ValueError("`scale` and `shift` come together: pass zeros for the one that is not wanted")
     stats = check_statistics("stats", stats, x)
     if x2 is None and stats2 is not None:
-        raise ValueError("stats2 is given without x2; leave it out")
+        raise ValueError("`stats2` is given without `x2`: leave it out")
     if x2 is not None:
         stats2 = check_statistics("stats2", stats2, x2)
     arguments = (x, weight, bias, num_groups, float(eps), x2, silu, add, scale, shift, stats, stats2)
     if out is None:
         return _group_norm(*arguments)
     check_output("out", out, (*x.shape[:-1], channels), x)
-    check_not_differentiated("out", x, weight, bias, x2, add, scale, shift)
+    check_not_differentiated("`out`", x, weight, bias, x2, add, scale, shift)
     _group_norm_out(*arguments, out)
     return out

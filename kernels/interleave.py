@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from .autograd import backward_through
+from .checks import check_activation, check_vector
 from .launch import launch, use_triton
-from .nhwc import check_activation, check_vector, image_stride, offset
+from .nhwc import image_stride
+from .offsets import offset
 from .optional_triton import tl, triton
 from .statistics import empty_statistics, reference_statistics, store_statistics, welford_update
 from .tiles import cdiv, chunk_count, row_tile
@@ -41,14 +43,14 @@ def interleave_reference(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Te
 
 @triton.jit(do_not_specialize=["rows", "width", "chunks"])
 def _interleave_kernel(
-    x,
-    bias,
-    out,
-    stats,
-    rows,
-    width,
-    chunks,
-    x_stride,
+    x,  # (B, H + 1, W + 1, 4 * C)
+    bias,  # (C,) or (B, C), or None
+    out,  # (B, 2 * H, 2 * W, C), contiguous
+    stats,  # float32 (B, chunks, 2, C), or None
+    rows,  # 4 * H * W, pixels of an output image
+    width,  # W
+    chunks,  # K of the statistics
+    x_stride,  # strides from image to image, in elements; 0 for a shared vector
     bias_stride,
     out_stride,
     C: tl.constexpr,
@@ -152,7 +154,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *backward_through(interleave_reference, ctx.saved_tensors, ctx.needs_input_grad[:2], grad), None
+    return *backward_through(interleave_reference, ctx.saved_tensors, ctx.needs_input_grad[:2], (grad,)), None
 
 
 _interleave.register_autograd(_backward, setup_context=_save_for_backward)
@@ -184,7 +186,7 @@ def interleave(
     """
     check_activation("x", x)
     if x.dim() != 4 or x.shape[1] < 2 or x.shape[2] < 2 or x.shape[3] % 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, height + 1, width + 1, 4 * channels)")
+        raise ValueError(f"`x` must be shaped (B, height + 1, width + 1, 4 * channels), got {tuple(x.shape)}")
     if bias is not None:
         check_vector("bias", bias, x.shape[0], x.shape[3] // 4, x)
     return _interleave(x, bias, want_stats)

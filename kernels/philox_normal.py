@@ -23,8 +23,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .images import MAX_IMAGE_ELEMENTS, image_offset
+from .images import MAX_IMAGE_ELEMENTS
 from .launch import launch, use_triton
+from .offsets import offset
 from .optional_triton import tl, triton
 from .tiles import cdiv, next_power_of_2
 
@@ -37,7 +38,7 @@ _REFERENCE_QUADS = 1 << 16
 
 
 def philox_integers_reference(
-    seeds: torch.Tensor, step: int, first_quad: int, quads: int, purpose: int
+    seeds: torch.Tensor, step: int | torch.Tensor, first_quad: int, quads: int, purpose: int
 ) -> tuple[torch.Tensor, ...]:
     """The four 32-bit outputs of each counter, as int64 tensors (B, quads); `seeds` is int64 (B,)."""
     quad = torch.arange(first_quad, first_quad + quads, device=seeds.device)
@@ -70,8 +71,10 @@ def box_muller_reference(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) ->
     torch.add(turn_sin.mul_(cos), turn_cos.mul_(sin), out=out[..., 1])
 
 
-def philox_normal_reference(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose: int) -> torch.Tensor:
-    """The same noise in PyTorch, in passes of a cache's size."""
+def philox_normal_reference(
+    seeds: torch.Tensor, step: int | torch.Tensor, shape: Sequence[int], purpose: int
+) -> torch.Tensor:
+    """The same noise in PyTorch, in passes of a cache's size; `step` may lie on the device, int64 ()."""
     images, count = shape[0], math.prod(shape[1:])
     quads = cdiv(count, 4)
     out = torch.empty((images, quads, 4), device=seeds.device)
@@ -134,7 +137,14 @@ def normal_at(seed, element, step, PURPOSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step", "tiles"])
 def _philox_kernel(
-    seeds, out, step, elements, tiles, PURPOSE: tl.constexpr, INTEGERS: tl.constexpr, BLOCK: tl.constexpr
+    seeds,  # int64 (B,)
+    out,  # float32 or int32 (B, elements), contiguous
+    step,
+    elements,  # of an image
+    tiles,  # programs per image
+    PURPOSE: tl.constexpr,
+    INTEGERS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     image = program // tiles
@@ -147,7 +157,7 @@ def _philox_kernel(
         values = _interleave(x0, x1, x2, x3).to(tl.int32, bitcast=True)
     else:
         values = normal_quads(seed, quad, step, PURPOSE)
-    tl.store(out + image_offset(image, elements) + element, values, mask=element < elements)
+    tl.store(out + offset(image, elements) + element, values, mask=element < elements)
 
 
 def block_size(elements: int, images: int, *, largest: int = 1024, programs: int = 512) -> int:
@@ -234,4 +244,4 @@ def philox_normal(seeds: torch.Tensor, step: int, shape: Sequence[int], *, purpo
     for name, value in (("step", step), ("purpose", purpose)):
         if not 0 <= value < 2**31:
             raise ValueError(f"`{name}` must lie in 0 ... 2^31 - 1, got {value}")
-    return torch.ops.ddim_fast.philox_normal(seeds, step, shape, purpose)
+    return _philox_normal(seeds, step, shape, purpose)

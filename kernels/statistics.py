@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import torch
 
+from .checks import check_channels_adjacent, check_device, check_dtype
 from .launch import launch, use_triton
-from .nhwc import flat, load_pair, offset, pixels
+from .nhwc import flat, load_pair, pixels
+from .offsets import offset
 from .optional_triton import tl, triton
 from .tiles import cdiv, chunk_count, row_tile
 
@@ -113,12 +115,12 @@ def load_statistics(stats, base, chunk_stride, moment_stride, channel, inside, r
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
 def _statistics_kernel(
-    x,
-    x2,
-    stats,
-    rows,
-    chunks,
-    x_stride,
+    x,  # (B, *spatial, C1)
+    x2,  # (B, *spatial, C2), or None
+    stats,  # float32 (B, chunks, 2, C1 + C2)
+    rows,  # pixels of an image
+    chunks,  # K of the statistics
+    x_stride,  # strides from image to image, in elements
     x2_stride,
     C1: tl.constexpr,
     C2: tl.constexpr,
@@ -158,13 +160,10 @@ def check_statistics(name: str, stats: torch.Tensor | None, x: torch.Tensor) -> 
         return None
     batch, channels = x.shape[0], x.shape[-1]
     if stats.dim() != 4 or (stats.shape[0], *stats.shape[2:]) != (batch, 2, channels):
-        raise ValueError(f"{name} has shape {tuple(stats.shape)}; expected ({batch}, chunks, 2, {channels})")
-    if stats.dtype != torch.float32:
-        raise TypeError(f"{name} is {stats.dtype}; expected float32, as add_residual returns it")
-    if channels > 1 and stats.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tuple(stats.stride())}; expected adjacent channels")
-    if stats.device != x.device:
-        raise ValueError(f"{name} is on {stats.device} beside an input on {x.device}; move one of them")
+        raise ValueError(f"`{name}` must be shaped ({batch}, chunks, 2, {channels}), got {tuple(stats.shape)}")
+    check_dtype(name, stats, (torch.float32,))
+    check_channels_adjacent(name, stats)
+    check_device(name, stats, x.device)
     return stats
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from .images import FLOATS, check_images, image_offset, is_nhwc
+from .checks import FLOATS, check_images
+from .images import is_nhwc
 from .launch import launch, use_triton
+from .offsets import offset
 from .optional_triton import tl, triton
 from .philox_normal import block_size
 from .tiles import cdiv
@@ -41,13 +43,13 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
 def _to_uint8_kernel(
-    sample,
-    images,
-    bad,
-    sample_stride,
-    elements,
-    pixels,
-    tiles,
+    sample,  # (B, C, H, W), NCHW or channels last
+    images,  # uint8 (B, H, W, C), contiguous
+    bad,  # int32 (B,), zeros
+    sample_stride,  # elements from image to image
+    elements,  # C * H * W
+    pixels,  # H * W
+    tiles,  # programs per image
     CHANNELS: tl.constexpr,
     NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,7 +59,7 @@ def _to_uint8_kernel(
     element = program % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = element < elements
     source = element if NHWC else element % CHANNELS * pixels + element // CHANNELS
-    loaded = tl.load(sample + image_offset(image, sample_stride) + source, mask, other=0.0)
+    loaded = tl.load(sample + offset(image, sample_stride) + source, mask, other=0.0)
     x = loaded.to(tl.float32)
     nan = x != x
     not_finite = nan | (tl.abs(x) == float("inf"))
@@ -68,7 +70,7 @@ def _to_uint8_kernel(
     down = scaled.to(tl.int32)
     tie = down.to(tl.float32) + 0.5
     up = (scaled > tie) | ((scaled == tie) & (down % 2 == 1))
-    tl.store(images + image_offset(image, elements) + element, (down + up.to(tl.int32)).to(tl.uint8), mask)
+    tl.store(images + offset(image, elements) + element, (down + up.to(tl.int32)).to(tl.uint8), mask)
     if tl.max(not_finite.to(tl.int32), 0) > 0:
         tl.store(bad + image, 1)
 
@@ -136,4 +138,4 @@ def to_uint8(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ([0, 128, 255, 255], [0])
     """
     check_images("sample", sample, FLOATS)
-    return torch.ops.ddim_fast.to_uint8(sample)
+    return _to_uint8(sample)

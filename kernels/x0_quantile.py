@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from .checks import FLOATS, check_like
 from .ddim_step import check_update
-from .images import FLOATS, check_like
 from .update import predict_x0_and_direction
 
 

@@ -175,17 +175,25 @@ def test_a_compiled_function_gives_the_same(place, compile_backend):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.zeros(8)}, ValueError, "x has shape"),
-        ({"x": torch.zeros(2, 3, 3, 8, dtype=torch.int32)}, TypeError, "x is torch.int32"),
-        ({"residual": torch.zeros(2, 3, 3, 4)}, ValueError, "residual has shape"),
-        ({"residual": torch.zeros(2, 3, 3, 8, dtype=torch.float16)}, TypeError, "residual is torch.float16"),
-        ({"residual": torch.zeros(2, 3, 3, 8, device="meta")}, ValueError, "residual is on meta"),
-        ({"residual": torch.zeros(2, 8, 3, 3).permute(0, 2, 3, 1)}, ValueError, "residual of shape .* has strides"),
-        ({"bias": torch.zeros(7)}, ValueError, "bias has shape"),
-        ({"bias": torch.zeros(8, dtype=torch.float64)}, TypeError, "bias is torch.float64"),
-        ({"output_scale_factor": 0.0}, ValueError, "output_scale_factor is 0"),
-        ({"out": torch.zeros(2, 3, 3, 4)}, ValueError, "out has shape"),
-        ({"out": torch.zeros(2, 3, 3, 8), "bias": torch.ones(8, requires_grad=True)}, ValueError, "out cannot"),
+        ({"x": torch.zeros(8)}, ValueError, "`x` must be shaped"),
+        ({"x": torch.zeros(2, 3, 3, 8, dtype=torch.int32)}, TypeError, "`x` must be .*got torch.int32"),
+        ({"residual": torch.zeros(2, 3, 3, 4)}, ValueError, "`residual` must be shaped"),
+        (
+            {"residual": torch.zeros(2, 3, 3, 8, dtype=torch.float16)},
+            TypeError,
+            "`residual` must .*got torch.float16",
+        ),
+        ({"residual": torch.zeros(2, 3, 3, 8, device="meta")}, ValueError, "`residual` must be on .*got meta"),
+        (
+            {"residual": torch.zeros(2, 8, 3, 3).permute(0, 2, 3, 1)},
+            ValueError,
+            "`residual` must have .*strides",
+        ),
+        ({"bias": torch.zeros(7)}, ValueError, "`bias` must be shaped"),
+        ({"bias": torch.zeros(8, dtype=torch.float64)}, TypeError, "`bias` must be .*got torch.float64"),
+        ({"output_scale_factor": 0.0}, ValueError, "`output_scale_factor` must .*got 0"),
+        ({"out": torch.zeros(2, 3, 3, 4)}, ValueError, "`out` must be shaped"),
+        ({"out": torch.zeros(2, 3, 3, 8), "bias": torch.ones(8, requires_grad=True)}, ValueError, "`out` cannot"),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, message):

@@ -339,12 +339,12 @@ WRONG = [
     ({"previous_x0": torch.zeros(3, 3, 8, 8).half()}, TypeError, "previous_x0"),
     ({"previous_x0": torch.zeros(3, 3, 8, 4)}, ValueError, "previous_x0"),
     ({"x0_out": torch.zeros(1, 3, 8, 8).expand(3, 3, 8, 8)}, ValueError, "x0_out"),
-    ({"x0_out": torch.zeros(3, 3, 8, 8), "model_bias": torch.zeros(3, requires_grad=True)}, RuntimeError, "x0_out"),
+    ({"x0_out": torch.zeros(3, 3, 8, 8), "model_bias": torch.zeros(3, requires_grad=True)}, ValueError, "x0_out"),
     ({"out": torch.zeros(3, 3, 8, 8).half()}, TypeError, "out"),
     ({"out_low": torch.zeros(3, 3, 8, 4).half()}, ValueError, "out_low"),
     ({"out": torch.zeros(1, 3, 8, 8).expand(3, 3, 8, 8)}, ValueError, "out"),
     ({"out_low": torch.zeros(300).as_strided((3, 3, 8, 8), (50, 64, 8, 1))}, ValueError, "out_low"),
-    ({"out": torch.zeros(3, 3, 8, 8), "model_bias": torch.zeros(3, requires_grad=True)}, RuntimeError, "out"),
+    ({"out": torch.zeros(3, 3, 8, 8), "model_bias": torch.zeros(3, requires_grad=True)}, ValueError, "out"),
 ]
 
 

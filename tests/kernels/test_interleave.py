@@ -112,13 +112,13 @@ def test_a_compiled_function_gives_the_same(place, compile_backend):
 @pytest.mark.parametrize(
     ("x", "bias", "error", "message"),
     [
-        (torch.zeros(2, 3, 8), None, ValueError, "x has shape"),
-        (torch.zeros(2, 1, 3, 8), None, ValueError, "x has shape"),
-        (torch.zeros(2, 3, 3, 6), None, ValueError, "x has shape"),
-        (torch.zeros(2, 3, 3, 8, dtype=torch.float64), None, TypeError, "x is torch.float64"),
-        (torch.zeros(2, 8, 3, 3).permute(0, 2, 3, 1), None, ValueError, "x of shape .* has strides"),
-        (torch.zeros(2, 3, 3, 8), torch.zeros(8), ValueError, "bias has shape"),
-        (torch.zeros(2, 3, 3, 8), torch.zeros(2, dtype=torch.int64), TypeError, "bias is torch.int64"),
+        (torch.zeros(2, 3, 8), None, ValueError, "`x` must be shaped"),
+        (torch.zeros(2, 1, 3, 8), None, ValueError, "`x` must be shaped"),
+        (torch.zeros(2, 3, 3, 6), None, ValueError, "`x` must be shaped"),
+        (torch.zeros(2, 3, 3, 8, dtype=torch.float64), None, TypeError, "`x` must be .*got torch.float64"),
+        (torch.zeros(2, 8, 3, 3).permute(0, 2, 3, 1), None, ValueError, "`x` must have adjacent channels.*strides"),
+        (torch.zeros(2, 3, 3, 8), torch.zeros(8), ValueError, "`bias` must be shaped"),
+        (torch.zeros(2, 3, 3, 8), torch.zeros(2, dtype=torch.int64), TypeError, "`bias` must be .*got torch.int64"),
     ],
 )
 def test_wrong_arguments_are_named(x, bias, error, message):

@@ -18,9 +18,8 @@ from ddim_fast.kernels.add_residual import add_residual
 from ddim_fast.kernels.attention import attention
 from ddim_fast.kernels.ddim_step import ddim_step
 from ddim_fast.kernels.group_norm import group_norm
-from ddim_fast.kernels.images import image_offset
 from ddim_fast.kernels.interleave import interleave
-from ddim_fast.kernels.nhwc import offset
+from ddim_fast.kernels.offsets import offset
 from ddim_fast.kernels.philox_normal import STEP, philox_normal
 from ddim_fast.kernels.to_uint8 import to_uint8
 from ddim_fast.kernels.x0_quantile import x0_quantile
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @triton.jit
 def _store_offsets(out, image, stride):
     tl.store(out, offset(image, stride))
-    tl.store(out + 1, image_offset(image + tl.program_id(0), stride))
+    tl.store(out + 1, offset(image + tl.program_id(0), stride))
 
 
 @pytest.mark.parametrize("image", [0, 4095])
