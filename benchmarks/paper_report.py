@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,17 @@ from paper_rows import ETAS, LARGER_VARIANCE, RECONSTRUCTION_STEPS, STEPS, all_r
 CLOCKS = {"wall": "wall-clock time", "cpu": "processor time, summed over threads (the machine did other work too)"}
 Rows = dict[str, dict[str, float]]
 ETA_SAMPLERS = [*(f"eta {eta:g}" for eta in ETAS), f"eta {LARGER_VARIANCE}"]
+DISTANCE_STEPS = [*STEPS, 1000]
+PAPER_FID = {
+    "eta 0": (13.36, 6.84, 4.67, 4.16, 4.04),
+    "eta 0.2": (14.04, 7.11, 4.77, 4.25, 4.09),
+    "eta 0.5": (16.66, 8.35, 5.25, 4.46, 4.29),
+    "eta 1": (41.07, 18.36, 8.01, 5.78, 4.73),
+    "eta σ̂": (367.43, 133.37, 32.72, 9.99, 3.17),
+}
+"""Table 1 of the paper: FID on CIFAR-10 at S = 10, 20, 50, 100 and 1000; only the order of the rows compares."""
+PAPER_ERRORS = (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001)
+"""Table 2 of the paper: CIFAR-10's test set, at `RECONSTRUCTION_STEPS`."""
 
 
 def values(rows: Rows, sampler: str, steps: int, name: str, table: str = "samples") -> list[float]:
@@ -50,28 +61,29 @@ def frontier_samplers() -> list[str]:
     return list(dict.fromkeys(row.sampler for row in all_rows() if "frontier" in row.tables))
 
 
-def distance_table(rows: Rows) -> str:
-    steps = [*STEPS, 1000]
-    body = [[name, *(cell(values(rows, name, count, "distance")) for count in steps)] for name in ETA_SAMPLERS]
-    return markdown(["sampler", *(f"S = {count}" for count in steps)], body)
-
-
-def confidence_table(rows: Rows) -> str:
-    steps = [*STEPS, 1000]
-    body = [[name, *(cell(values(rows, name, count, "confident"), ".3f") for count in steps)] for name in ETA_SAMPLERS]
-    return markdown(["sampler", *(f"S = {count}" for count in steps)], body)
+def samplers_table(rows: Rows, name: str, digits: str, paper: Mapping[str, Sequence[float]] | None = None) -> str:
+    """One figure over samplers and steps; `paper`, the paper's own, stands in brackets."""
+    asked = {(row.sampler, row.steps) for row in all_rows() if "distance" in row.tables}
+    body = []
+    for sampler in ETA_SAMPLERS:
+        line = [sampler.replace("eta", "η")]
+        for place, count in enumerate(DISTANCE_STEPS):
+            text = cell(values(rows, sampler, count, name), digits) if (sampler, count) in asked else "–"
+            line.append(text if paper is None else f"{text} ({paper[sampler][place]:.2f})")
+        body.append(line)
+    return markdown(["sampler", *(f"S = {count}" for count in DISTANCE_STEPS)], body)
 
 
 def reconstruction_table(rows: Rows) -> str:
     body = [
-        [str(steps), cell(values(rows, "inversion", steps, "error", "reconstruction"), ".2e")]
-        for steps in RECONSTRUCTION_STEPS
+        [str(steps), cell(values(rows, "inversion", steps, "error", "reconstruction"), ".2e"), f"{paper:g}"]
+        for steps, paper in zip(RECONSTRUCTION_STEPS, PAPER_ERRORS, strict=True)
     ]
-    return markdown(["S", "mean squared error of a pixel, [0, 1]"], body)
+    return markdown(["S", "mean squared error of a pixel, [0, 1]", "the paper's, CIFAR-10"], body)
 
 
 def seconds_table(rows: Rows) -> str:
-    timed = [count for count in steps_of("distance") if values(rows, "eta 0", count, "seconds")]
+    timed = [count for count in DISTANCE_STEPS if values(rows, "eta 0", count, "seconds")]
     body = [
         [
             str(count),
@@ -124,7 +136,7 @@ def trends(rows: Rows) -> list[str]:
                 f"{1000 // count} times fewer steps at a near-equal distance (within a quarter): {verdict(near)} "
                 f"(S = {count}: {few:.1f}; the best of S = 1000: {min(full):.1f})."
             )
-    timed = [(count, seconds) for count in steps_of("distance") if (seconds := mean(rows, "eta 0", count, "seconds"))]
+    timed = [(count, seconds) for count in DISTANCE_STEPS if (seconds := mean(rows, "eta 0", count, "seconds"))]
     if len(timed) > 2:
         counts, seconds = np.array(timed).T
         slope, offset = np.polyfit(counts, seconds, 1)
@@ -173,9 +185,10 @@ def write_markdown(settings: dict[str, Any], rows: Rows, path: Path, chart: Path
         f"Seconds are {CLOCKS[settings['clock']]}.",
         f"## Distance to real digits\n\nFréchet distance on the features of a digit classifier (`digit_judge.py`, "
         f"{settings['judge_right']:.1%} right) to 1,000 held-out digits; this is not FID. Real digits against those: "
-        f"{settings['real_distance']:.1f}.\n\n{distance_table(rows)}",
+        f"{settings['real_distance']:.1f}. In brackets the paper's FID on CIFAR-10: compare the order, not the values."
+        f"\n\n{samplers_table(rows, 'distance', '.1f', PAPER_FID)}",
         f"Share read with a confidence of 0.9 or more (real digits: {settings['real_confident']:.3f}):\n\n"
-        f"{confidence_table(rows)}",
+        f"{samplers_table(rows, 'confident', '.3f')}",
         f"## Seconds for {images} samples, η = 0\n\n{seconds_table(rows)}",
         f"## Reconstruction of held-out digits\n\n{reconstruction_table(rows)}",
         f"## Distance against images a second\n\n{frontier_table(rows, images)}",
@@ -197,10 +210,10 @@ def write_chart(rows: Rows, path: Path) -> Path | None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     by_steps, by_time, frontier = figure.subplots(1, 3)
     for name in ETA_SAMPLERS:
-        curve = [(count, y) for count in steps_of("distance") if (y := mean(rows, name, count, "distance"))]
+        curve = [(count, y) for count in DISTANCE_STEPS if (y := mean(rows, name, count, "distance"))]
         if curve:
             by_steps.loglog(*zip(*curve, strict=True), marker="o", label=name.replace("eta", "η"))
-    curve = [(count, y) for count in steps_of("distance") if (y := mean(rows, "eta 0", count, "seconds"))]
+    curve = [(count, y) for count in DISTANCE_STEPS if (y := mean(rows, "eta 0", count, "seconds"))]
     if curve:
         by_time.loglog(*zip(*curve, strict=True), marker="o", label="η 0")
     for name in frontier_samplers():

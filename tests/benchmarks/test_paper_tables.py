@@ -76,7 +76,7 @@ def test_the_command_measures_each_row_and_reports_it(run, tmp_path, capsys):
         assert f"{row}: distance {values['distance']:.4g}" in printed
         assert values["distance"] > 0 and values["seconds"] > 0 and 0 <= values["confident"] <= 1
     pair = [rows[f"samples: eta 1, 10 steps, seeds {seed}"]["distance"] for seed in (0, 1)]
-    assert f"| eta 1 | {np.mean(pair):.1f} ± {abs(pair[0] - pair[1]) / 2:.1f} |" in report
+    assert f"| η 1 | {np.mean(pair):.1f} ± {abs(pair[0] - pair[1]) / 2:.1f} (41.07) |" in report
     assert "not measured" in report, "the rows left out must be seen to be missing"
 
 
