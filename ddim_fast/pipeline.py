@@ -179,6 +179,7 @@ class DDIMPipeline(PipelineMethods):
         seeds: Seeds = None,
         class_labels: Labels = None,
         timesteps: Sequence[int] | str | None = None,
+        variance: str | None = None,
     ) -> ImagePipelineOutput[Any] | tuple[Any]:
         """Generate `batch_size` images. The first seven arguments and what they do are diffusers'.
 
@@ -199,6 +200,9 @@ class DDIMPipeline(PipelineMethods):
             class_labels: for class-conditional models; an int for all images, or one label an image.
             timesteps: an own schedule, strictly decreasing integers, or one by its name in guided-diffusion: "ddim25",
                 "25" or "10,20,30", as `--timestep_respacing` means them there; replaces `num_inference_steps`.
+            variance: "learned_range" scales the noise of `eta` > 0 by the variance that a model with twice the
+                channels predicts (arXiv:2102.09672, equation 15); with `eta` 1 this is guided-diffusion's ancestral
+                sampler. The plain engine runs it.
 
         Raises:
             ValueError, TypeError: an argument is wrong; nothing has been computed.
@@ -224,6 +228,7 @@ class DDIMPipeline(PipelineMethods):
             seeds=seeds,
             class_labels=class_labels,
             timesteps=timesteps,
+            variance=variance,
         )
         sample = self._sample(request)
         images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -254,6 +259,7 @@ class DDIMPipeline(PipelineMethods):
         seeds: Seeds = None,
         class_labels: Labels = None,
         timesteps: Sequence[int] | str | None = None,
+        variance: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Generate as `__call__` does but wait for nothing and copy nothing to the host.
 
@@ -272,6 +278,7 @@ class DDIMPipeline(PipelineMethods):
             seeds=seeds,
             class_labels=class_labels,
             timesteps=timesteps,
+            variance=variance,
         )
         return self._to_uint8(self._sample(request))
 
@@ -295,9 +302,13 @@ class DDIMPipeline(PipelineMethods):
                     request.eta,
                     request.timesteps,
                     use_clipped_model_output=request.use_clipped_model_output,
+                    variance=request.variance,
                 )
                 with self.progress_bar(total=len(table)) as bar:
                     return self.runner.run(request, table, bar.update)
+            if request.variance is not None:
+                kind = type(scheduler).__name__
+                raise ValueError(f"variance={request.variance!r} needs a DDIMScheduler; a {kind} steps by itself")
             with self.progress_bar(total=len(scheduler.timesteps)) as bar:
                 return self.runner.run_own_step(request, scheduler, bar.update)
         finally:

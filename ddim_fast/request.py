@@ -29,7 +29,7 @@ class Request:
     or comes from `seeds`, int64 (B,), or is drawn from `generator` (None: PyTorch's global one). The noise of the
     steps comes from `seeds`, else from `generator`. `labels`: (B,) or (B, embedding), or None. The schedule is
     `timesteps`, or else `num_inference_steps` of the scheduler's own. `use_clipped_model_output` None is as the
-    scheduler's config has it.
+    scheduler's config has it. `variance` "learned_range": the model's own variance scales the noise of the steps.
     """
 
     shape: tuple[int, int, int, int]
@@ -42,6 +42,7 @@ class Request:
     labels: torch.Tensor | None = None
     num_inference_steps: int | None = 50
     timesteps: tuple[int, ...] | str | None = None
+    variance: str | None = None
 
 
 def make_request(
@@ -57,6 +58,7 @@ def make_request(
     seeds: Seeds = None,
     class_labels: Labels = None,
     timesteps: Sequence[int] | str | None = None,
+    variance: str | None = None,
 ) -> Request:
     """The request of these arguments of a pipeline call, for a model with `config` on `device`.
 
@@ -77,17 +79,20 @@ def make_request(
         raise ValueError("seeds and generator exclude each other: pass the seeds of the images, or a generator")
     if latents is not None:
         check_latents(latents, shape)
+    eta = check_eta(eta)
+    check_variance(variance, config, eta)
     return Request(
         shape=shape,
         device=device,
         latents=latents,
         generator=generator,
         seeds=None if seeds is None else seeds_tensor(seeds, batch_size),
-        eta=check_eta(eta),
+        eta=eta,
         use_clipped_model_output=None if use_clipped_model_output is None else bool(use_clipped_model_output),
         labels=check_class_labels(config, class_labels, batch_size),
         num_inference_steps=None if timesteps is not None else check_count("num_inference_steps", num_inference_steps),
         timesteps=timesteps if timesteps is None or isinstance(timesteps, str) else tuple(timesteps),
+        variance=variance,
     )
 
 
@@ -138,6 +143,18 @@ def check_eta(eta: Any) -> float:
     if not 0.0 <= value <= 1.0:
         logger.warning("eta should be between 0 (DDIM) and 1 (DDPM), got %s; the images may be wrong", value)
     return value
+
+
+def check_variance(variance: str | None, config: Mapping[str, Any], eta: float) -> None:
+    """Raise unless a model with `config` has the variance that is asked for, and `eta` adds noise to scale with it."""
+    if variance is None:
+        return
+    if variance != "learned_range":
+        raise ValueError(f"variance must be 'learned_range' or None, got {variance!r}")
+    if config["out_channels"] != 2 * config["in_channels"]:
+        raise ValueError("variance is 'learned_range', but the model predicts no variance; leave it out")
+    if eta <= 0:
+        raise ValueError(f"variance is 'learned_range', but eta={eta} adds no noise to scale with it; pass eta=1")
 
 
 def check_generator(generator: Generators, batch_size: int, device: torch.device) -> None:

@@ -302,6 +302,7 @@ class DDIMScheduler(Configured):
         timesteps: Timesteps | None = None,
         *,
         use_clipped_model_output: bool | None = None,
+        variance: str | None = None,
     ) -> StepTable:
         """The updates of a whole schedule as data, on the CPU, one row a step; `self` stays as it is.
 
@@ -314,6 +315,7 @@ class DDIMScheduler(Configured):
             timesteps: an own schedule, in which each step leads to the next entry; see `set_timesteps`.
                 (So for `self.timesteps` as `set_timesteps` chose them, pass None and not `timesteps=self.timesteps`.)
             use_clipped_model_output: take the direction from the clipped x₀; None is as the config has it.
+            variance: "learned_range" adds the range of the learned variance, from β̃ to β of the steps taken.
 
         Raises:
             ValueError, TypeError: `eta` is not finite, or the schedule is wrong; see `set_timesteps`.
@@ -333,7 +335,7 @@ class DDIMScheduler(Configured):
         signal_scale, noise_scale, c_x0, c_direction, c_noise = _coefficients(now, after, eta)
         config = self.config
         clips = config.clip_sample and not config.thresholding
-        return make_step_table(
+        table = make_step_table(
             entries,
             signal_scale=signal_scale,
             noise_scale=noise_scale,
@@ -345,6 +347,7 @@ class DDIMScheduler(Configured):
             thresholding=(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None,
             use_clipped_model_output=self._takes_clipped(use_clipped_model_output),
         )
+        return table if variance is None else replace(table, variance_range=_variance_range(now, after))
 
     def _takes_clipped(self, given: bool | None) -> bool:
         return bool(self.config.get("use_clipped_model_output") if given is None else given)
@@ -506,6 +509,13 @@ def _variance(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
     variance = ((1 - prod_prev) / (1 - prod)) * (1 - prod / prod_prev)
     # Where ᾱ_t is 1 (a first β of 0) there is no noise, and the fraction is 0 / 0.
     return variance.where(prod < 1, torch.zeros_like(variance))
+
+
+def _variance_range(prod: torch.Tensor, prod_prev: torch.Tensor) -> torch.Tensor:
+    """log β - log β̃ of every step, float64: β̃ = β (1 - ᾱ_prev) / (1 - ᾱ_t); 0 where there is no noise to scale."""
+    prod, prod_prev = prod.double(), prod_prev.double()
+    wide = torch.log((1 - prod) / (1 - prod_prev))
+    return torch.where(prod_prev < 1, wide, torch.zeros_like(wide))
 
 
 def _coefficients(prod: torch.Tensor, prod_prev: torch.Tensor, eta: float) -> tuple[torch.Tensor, ...]:

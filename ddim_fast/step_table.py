@@ -43,12 +43,14 @@ class StepTable:
     """The updates of a schedule, one row a step; `make_step_table` builds one from named columns.
 
     `values`: (S, `ROW_WIDTH`), float32 on the CPU, with the columns `ddim_fast.kernels.update.COLUMNS`. `rule`: what
-    holds for all rows. `adds_noise`: whether any row has a `c_noise`.
+    holds for all rows. `adds_noise`: whether any row has a `c_noise`. `variance_range`: where the model's learned
+    variance scales the noise, the log of the largest over the smallest variance of every step, float64 (S,).
     """
 
     values: Tensor
     rule: UpdateRule
     adds_noise: bool
+    variance_range: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)

@@ -133,6 +133,11 @@ class Engine:
             ValueError: the network cannot take samples of this size.
             torch.cuda.OutOfMemoryError: the batch does not fit; the message says what would.
         """
+        if table.variance_range is not None:
+            from .plain import run_learned_variance
+
+            log_once(logger, logging.INFO, "engine plain: only its updates read a learned variance")
+            return run_learned_variance(self.unet, request, table, progress)
         name = self._chosen(request)
         if name == "plain":
             return self._run_plain(request, table, progress)

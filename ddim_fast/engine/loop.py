@@ -143,17 +143,27 @@ def update_by_kernel(state: State, output: Tensor, bias: Tensor | None, index: i
     )
 
 
-def update_in_pytorch(state: State, output: Tensor, bias: Tensor | None, index: int) -> None:
-    """The same by `step_table.update`, for any device; `state.table` may lie on the CPU."""
+def noise_of(state: State, index: int) -> Tensor | None:
+    """The noise of step `index` of the window in the sample's dtype, None for none."""
     from ..kernels.update import coefficient
 
     row = state.table[index]
+    if state.seeds is not None and coefficient(row, "c_noise") != 0:
+        return step_noise(state.seeds, int(coefficient(row, "index")), tuple(state.sample.shape))
+    return None if state.noise is None else state.noise[index].to(state.sample.dtype)
+
+
+def update_in_pytorch(state: State, output: Tensor, bias: Tensor | None, index: int) -> None:
+    """The same by `step_table.update`, for any device; `state.table` may lie on the CPU."""
     output = output.to(state.sample.dtype)
     if bias is not None:
         output = output + bias[:, None, None]
-    noise = None if state.noise is None else state.noise[index].to(state.sample.dtype)
-    if state.seeds is not None and coefficient(row, "c_noise") != 0:
-        noise = step_noise(state.seeds, int(coefficient(row, "index")), tuple(state.sample.shape))
+    take_step(state, output, noise_of(state, index), index)
+
+
+def take_step(state: State, output: Tensor, noise: Tensor | None, index: int) -> None:
+    """The state after step `index`, by `step_table.update` of `output` and `noise`."""
+    row = state.table[index]
     state.sample, x0 = update(row, state.rule, state.sample, output, previous_x0=state.x0, noise=noise)
     state.low = state.sample.to(state.low.dtype)
     state.x0 = x0 if state.rule.use_previous_x0 else None

@@ -321,6 +321,11 @@ class UNet2DModel(Configured, nn.Module):
                 module.gradient_checkpointing = value
 
     @classmethod
+    def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        # The label that stands for no class is for who samples, not for the network.
+        return entries, {name: entries.pop(name) for name in {"null_label"} & entries.keys()}
+
+    @classmethod
     def from_pretrained(
         cls: type[U],
         pretrained_model_name_or_path: str | PathLike[str],

@@ -252,3 +252,28 @@ def ddim_samples(network, start, timesteps, labels=None, clip=True):
         noise = (sample - now.sqrt() * original) / (1 - now).sqrt()
         sample = before.sqrt() * original + (1 - before).sqrt() * noise
     return sample.float()
+
+
+def ancestral_samples(network, start, timesteps, noises):
+    """Their ancestral sampler with a learned variance over rising `timesteps`; `noises` in the order it draws them.
+
+    The posterior's mean is taken as they write it, β and β̃ are those of the respaced chain, and the first β̃, which
+    is 0, is the second one. float32.
+    """
+    settings, sample = network.settings, start.double()
+    prods = noise_levels(settings)[list(timesteps)]
+    before = torch.cat([torch.ones(1, dtype=torch.float64), prods[:-1]])
+    beta = 1 - prods / before
+    posterior = beta * (1 - before) / (1 - prods)
+    smallest = torch.cat([posterior[1:2], posterior[1:]]).log()
+    for draw, index in zip(noises, reversed(range(len(timesteps))), strict=True):
+        t = torch.full((len(start),), timesteps[index])
+        output = network(sample.float(), network_time(settings, t)).double()
+        original = (sample - (1 - prods[index]).sqrt() * output[:, :3]) / prods[index].sqrt()
+        original = original.clamp(-1, 1)
+        mean = beta[index] * before[index].sqrt() / (1 - prods[index]) * original
+        mean = mean + (1 - before[index]) * (1 - beta[index]).sqrt() / (1 - prods[index]) * sample
+        fraction = (output[:, 3:] + 1) / 2
+        log_variance = fraction * beta[index].log() + (1 - fraction) * smallest[index]
+        sample = mean + (0.5 * log_variance).exp() * draw.double() if index else mean
+    return sample.float()

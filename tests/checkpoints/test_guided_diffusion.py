@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from guided_diffusion_reference import Network, Settings, ddim_samples, network_shapes, network_time, random_state
+from guided_diffusion_reference import (
+    Network,
+    Settings,
+    ancestral_samples,
+    ddim_samples,
+    network_shapes,
+    network_time,
+    random_state,
+)
 
 from ddim_fast.checkpoints.guided_diffusion import read_guided_diffusion
 from ddim_fast.engine.pack import unsupported
@@ -154,3 +162,34 @@ def test_another_schedule_gives_other_samples(mutant):
     with torch.no_grad():
         theirs = ddim_samples(Network(settings, state), start, timesteps)
     assert relative(ours, theirs) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["the new order of qkv", "learned, cosine, 4000 rescaled timesteps"])
+def test_the_learned_variance_gives_their_ancestral_sampler(name):
+    settings = GUIDED.get(name) or Settings(steps=4000, rescale=True, learn_sigma=True, cosine=True, head_channels=16)
+    state = random_state(settings)
+    pipe = DDIMPipeline(*build(converted(settings, "guided-diffusion", state)))
+    start, _, _ = inputs(settings, batch=2)
+    timesteps = list(range(0, settings.steps, settings.steps // 10))
+    generator = torch.Generator().manual_seed(9)
+    noises = [torch.randn(start.shape, generator=generator) for _ in timesteps]
+    with torch.no_grad():
+        theirs = ancestral_samples(Network(settings, state), start, timesteps, noises)
+    said = {"latents": start, "eta": 1.0, "timesteps": timesteps[::-1], "output_type": "latent"}
+    ours = pipe(**said, variance="learned_range", generator=torch.Generator().manual_seed(9)).images
+    assert relative(ours, theirs) <= 1e-4
+    # It is not what DDPM's fixed variance gives.
+    assert relative(pipe(**said, generator=torch.Generator().manual_seed(9)).images, theirs) > 1e-3
+
+
+def test_what_has_no_learned_variance_is_refused():
+    state = random_state(GUIDED["one resolution"])
+    pipe = DDIMPipeline(*build(converted(GUIDED["one resolution"], "guided-diffusion", state)))
+    with pytest.raises(ValueError, match="the model predicts no variance"):
+        pipe(eta=1.0, variance="learned_range")
+    settings = GUIDED["the new order of qkv"]
+    pipe = DDIMPipeline(*build(converted(settings, "guided-diffusion", random_state(settings))))
+    with pytest.raises(ValueError, match=r"eta=0.0 adds no noise.*pass eta=1"):
+        pipe(variance="learned_range")
+    with pytest.raises(ValueError, match="variance must be 'learned_range' or None, got 'larger'"):
+        pipe(eta=1.0, variance="larger")

@@ -220,6 +220,23 @@ def test_the_whole_call_stays_on_the_device(fake, recorder, dtype):
     assert recorder.replays == 1 and len(recorder.captures) == 1
 
 
+def test_a_converted_model_stays_on_the_device(fake, recorder):
+    """Heads of several widths, a learned variance and a table of the timesteps, as models of guided-diffusion have."""
+    pipe = fake_pipeline(
+        in_channels=3,
+        out_channels=6,
+        attention_head_dim=(4, 8),
+        down_block_types=("AttnDownBlock2D",) * 2,
+        up_block_types=("AttnUpBlock2D",) * 2,
+        time_embedding_type="learned",
+        num_train_timesteps=1000,
+    )
+    images, operators = run(pipe)
+    assert images.shape == (1, 3, 8, 8) and pipe.runner.choose()[0] == "graph"
+    assert not operators.mixed and not operators.round_trips
+    assert recorder.replays == 1 and len(recorder.captures) == 1
+
+
 def test_a_window_is_one_graph_with_one_update_a_step(fake, recorder):
     run(fake_pipeline(), steps=6, batch_size=2)
     counts = Counter(recorder.captured_operators[0].names)
