@@ -260,11 +260,13 @@ class DDIMPipeline(PipelineMethods):
         class_labels: Labels = None,
         timesteps: Sequence[int] | str | None = None,
         variance: str | None = None,
+        truncate: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Generate as `__call__` does but wait for nothing and copy nothing to the host.
 
         Returns uint8 images (B, H, W, C) on the pipeline's device, and a bool (B,) that is True where an image is
-        NaN or infinite. For callers that overlap the copy with the next batch. The arguments are those of `__call__`.
+        NaN or infinite. For callers that overlap the copy with the next batch. The arguments are those of `__call__`;
+        `truncate` cuts pixel values off to whole numbers instead of rounding them, as guided-diffusion does.
         """
         request = make_request(
             self.unet.config,
@@ -280,7 +282,9 @@ class DDIMPipeline(PipelineMethods):
             timesteps=timesteps,
             variance=variance,
         )
-        return self._to_uint8(self._sample(request))
+        sample = self._sample(request)
+        pixels, bad = self._to_uint8(sample)
+        return (truncated(sample) if truncate else pixels), bad
 
     def _to_uint8(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from .kernels.to_uint8 import to_uint8
@@ -313,6 +317,11 @@ class DDIMPipeline(PipelineMethods):
                 return self.runner.run_own_step(request, scheduler, bar.update)
         finally:
             self.maybe_free_model_hooks()
+
+
+def truncated(sample: torch.Tensor) -> torch.Tensor:
+    """(x + 1) · 127.5, cut off to uint8, of samples (B, C, H, W) in [-1, 1]: (B, H, W, C)."""
+    return ((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def bad_images(indices: list[int], dtype: torch.dtype) -> BadImagesError:

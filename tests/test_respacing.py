@@ -76,6 +76,6 @@ def test_every_place_that_takes_timesteps_takes_their_names():
 def test_a_job_records_the_timesteps_that_a_name_means(tmp_path):
     from ddim_fast import generate
 
-    generate("ddim-fast/digits", 2, tmp_path / "a", timesteps="ddim4", grid=False)
-    report = generate("ddim-fast/digits", 2, tmp_path / "a", timesteps=[750, 500, 250, 0], grid=False)
+    generate("ddim-fast/digits", "0-1", tmp_path / "a", timesteps="ddim4", grid=False)
+    report = generate("ddim-fast/digits", "0-1", tmp_path / "a", timesteps=[750, 500, 250, 0], grid=False)
     assert report is not None

@@ -73,6 +73,7 @@ class Terminated(BaseException):
     help="One file per image, one array (samples.npz), or one tar or parquet file per chunk.",
 )
 @click.option("--subdirs", is_flag=True, help="Put PNGs into folders of 1,000.")
+@click.option("--truncate", is_flag=True, help="Cut pixel values off instead of rounding, as guided-diffusion does.")
 @click.option(
     "--grid",
     help="PNG for a contact sheet of the first 64; a bare name lies in OUT.  [default: grid.png up to 64 PNGs]",

@@ -61,6 +61,8 @@ def plan(settings: JobSettings, pipe: Pipeline, seeds: Seeds, there: Job | None,
         "exact": pipe.exact,
         "weights": fingerprint(pipe.unet, pipe.scheduler),
     }
+    if settings.truncate:
+        complete["truncate"] = True
     return Job(seeds, labels, complete, settings.name)
 
 

@@ -174,6 +174,7 @@ def sample_uint8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call of the pipeline with a job's settings: uint8 (B, H, W, C) and a bool (B,), True for a bad image."""
     settings = job.settings
+    unusual: dict[str, Any] = {"truncate": True} if settings.get("truncate") else {}
     return pipe.sample_uint8(
         batch_size=len(seeds),
         seeds=list(seeds),
@@ -181,6 +182,7 @@ def sample_uint8(
         num_inference_steps=settings["num_inference_steps"],
         class_labels=None if labels is None else list(labels),
         timesteps=settings["timesteps"],
+        **unusual,
     )
 
 

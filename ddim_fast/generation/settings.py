@@ -43,6 +43,8 @@ class JobSettings:
             parquet also the images in a file.
         format: `"png"`, `"npz"`, `"webdataset"` or `"parquet"`.
         subdirs: put PNGs into folders of 1,000.
+        truncate: cut pixel values off to whole numbers instead of rounding them, as the samplers of guided-diffusion
+            and improved-diffusion do: for comparing their distances (FID) with those of their own samples.
         device, dtype, engine: where and how to run; by default a pipeline stays as it is, and a name loads in float32
             on this process's CUDA device or on the CPU. With `ray`, `device` may only be the CPU.
         on_bad: `"stop"` at a NaN or infinite image, or `"skip"` and record it.
@@ -69,6 +71,7 @@ class JobSettings:
     chunk_size: int | None = None
     format: str = "png"
     subdirs: bool = False
+    truncate: bool = False
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     engine: str | None = None

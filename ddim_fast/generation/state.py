@@ -31,7 +31,13 @@ MOST_BYTES = 2**28
 T = TypeVar("T")
 
 
-class Settings(TypedDict):
+class _Exceptions(TypedDict, total=False):
+    """Settings that a job writes down only where they are not as usual."""
+
+    truncate: bool
+
+
+class Settings(_Exceptions):
     """What two runs of one job must agree on."""
 
     seeds: str

@@ -3,6 +3,9 @@
 While the job runs each chunk is a file of raw pixels; at the end they become one array, in the order of the seeds,
 without ever holding more than a chunk in memory. Damaged chunks of a finished job are replaced the same way: the
 others come from the `samples.npz` that is there.
+
+Pixels are rounded to the nearest of 256 values. The samplers of guided-diffusion and improved-diffusion cut off
+instead, so that half of all values are one lower: a job with `truncate=True` (`--truncate`) writes what they write.
 """
 
 from __future__ import annotations
