@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Iterable
@@ -17,14 +16,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .checkpoints.lookup import HARMLESS_OPTIONS
 from .config import Config
 from .engine import Engine, EngineName, EngineSettings
 from .offload import Offload, offload_device
 from .once import log_once
+from .pipeline_loading import load_missing, lookup_of
+from .placement import DeviceMap, Dtype
 from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
-from .unet.loading import build_unet, check_target
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +161,12 @@ class PipelineMethods:
         cls: type[P],
         pretrained_model_name_or_path: str | PathLike[str],
         *,
-        unet: torch.nn.Module | None = None,
+        unet: Any = None,
         scheduler: Any = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
         device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -178,18 +179,23 @@ class PipelineMethods:
     ) -> P:
         """Load a pipeline from a local folder, the Hugging Face Hub, or the package ("ddim-fast/digits").
 
-        Args:
-            pretrained_model_name_or_path: the folder, or the name on the Hub.
-            unet, scheduler: one of them, to use in place of the stored one.
-            torch_dtype, device: of the UNet; float32 on the CPU where they are not given.
-            variant, revision, cache_dir, token, local_files_only, force_download, subfolder, use_safetensors: as in
-                `ddim_fast.checkpoints.Lookup`.
-            options: entries of the scheduler's config, such as `beta_end`, win over the stored ones. For a checkpoint
-                file of the original DDIM repository, guided-diffusion or improved-diffusion, what its tensors do not
-                show is said by `config`, `flags`, `repository`, `size`, `out_channels` and `null_label`, as in
-                `ddim_fast.checkpoints.Training`. What diffusers takes beside these changes nothing here.
-
         Nothing that a file names is imported or run.
+
+        Args:
+            pretrained_model_name_or_path: as in `ddim_fast.checkpoints.read_pipeline`.
+            unet, scheduler: parts to use in place of the stored ones.
+            dtype, torch_dtype: of the weights, float32 by default, whatever the file has; "auto" is the file's own.
+            device, device_map: where the weights go, the CPU by default; see `ddim_fast.placement.read_placement`.
+            variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download: as in
+                `ddim_fast.checkpoints.Lookup`.
+            options: entries of the scheduler's config, such as `beta_end`, which win over the stored ones; and
+                `config`, `flags`, `repository`, `size`, `out_channels` and `null_label`, which say what the tensors of
+                a checkpoint file of the original DDIM repository, guided-diffusion or improved-diffusion do not show,
+                as in `ddim_fast.checkpoints.Training`. Others are said to have no effect, as those of diffusers'
+                other pipelines.
+
+        Raises what `ddim_fast.checkpoints.read_pipeline` raises, and `TypeError` or `ValueError`, naming the option,
+        for options that contradict each other or the parts given.
 
         Example:
             >>> from ddim_fast import DDIMPipeline
@@ -197,36 +203,19 @@ class PipelineMethods:
             >>> pipe.dtype
             torch.bfloat16
         """
-        for name in sorted(HARMLESS_OPTIONS & options.keys()):
-            options.pop(name)
-            log_once(logger, logging.DEBUG, f"from_pretrained: {name} changes nothing here")
-        if unet is not None and scheduler is not None:
-            raise ValueError("unet and scheduler are both given, so nothing is left to load; use DDIMPipeline(...)")
-        training = checkpoints.Training.taken_from(options, inspect.signature(DDIMScheduler).parameters)
-        if scheduler is not None and training.scheduler:
-            raise ValueError(f"scheduler is given, and {', '.join(training.scheduler)} with it; pass only one of them")
-        dtype, device = check_target(torch_dtype, device)
-        lookup = checkpoints.Lookup(
-            variant=variant,
-            use_safetensors=use_safetensors,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            training=training,
-            **options,
-        )
-        if unet is not None:
-            stored_scheduler = checkpoints.read_scheduler(pretrained_model_name_or_path, lookup)
-        else:
-            stored = checkpoints.read_pipeline(pretrained_model_name_or_path, lookup)
-            unet = build_unet(UNet2DModel, stored.unet, dtype=dtype, device=device)
-            stored_scheduler = stored.scheduler
-        if scheduler is None:
-            scheduler = DDIMScheduler.from_stored(stored_scheduler)
-        parts: dict[str, Any] = {"unet": unet, "scheduler": scheduler}
+        parts = {name: part for name, part in (("unet", unet), ("scheduler", scheduler)) if part is not None}
+        placed = {"dtype": dtype, "torch_dtype": torch_dtype, "device": device, "device_map": device_map}
+        looked_up = {
+            "variant": variant,
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+            "subfolder": subfolder,
+            "use_safetensors": use_safetensors,
+        }
+        parts |= load_missing(pretrained_model_name_or_path, parts, placed, {**looked_up, **options})
         pipe = cls(**parts)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
@@ -248,12 +237,14 @@ class PipelineMethods:
             >>> DDIMPipeline.from_pretrained("my-digits").unet.config.sample_size
             32
         """
-        sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        checkpoints.save_pipeline(
-            self.unet, self.scheduler, save_directory, safe_serialization=safe_serialization, variant=variant, **sizes
-        )
+        if options and not push_to_hub:
+            raise TypeError(f"{', '.join(sorted(options))}: for push_to_hub=True only, which is not given")
+        choices: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        if max_shard_size is not None:
+            choices["max_shard_size"] = max_shard_size
+        checkpoints.save_pipeline(self.unet, self.scheduler, save_directory, **choices)
         if push_to_hub:
-            self.push_to_hub(options.pop("repo_id", str(save_directory).rstrip("/").split("/")[-1]), **options)
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).resolve().name), **choices, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it to `repo_id` on the Hub; returns the commit's address."""
@@ -262,7 +253,7 @@ class PipelineMethods:
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """Download the files a pipeline needs into the cache and return their folder."""
-        return str(checkpoints.download(pretrained_model_name, checkpoints.Lookup(**options)))
+        return str(checkpoints.download(pretrained_model_name, lookup_of(options)))
 
     @classmethod
     def from_pipe(cls: type[P], pipeline: Any, **options: Any) -> P:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler
-from .checkpoints.lookup import HARMLESS_OPTIONS, check_entries
+from .checkpoints.lookup import check_entries
+from .checkpoints.options import drop_without_effect, take_token
 from .config import Configured, init_arguments, register_to_config
 from .noise import randn_tensor
 from .once import log_once
@@ -136,11 +137,24 @@ class DDIMScheduler(Configured):
     def _compatible_names(cls) -> list[str]:
         return list(PEER_SCHEDULERS)
 
+    @overload
     @classmethod
     def from_pretrained(
         cls: type[S],
         pretrained_model_name_or_path: str | PathLike[str],
         subfolder: str | None = None,
+        *,
+        return_unused_kwargs: Literal[True],
+        **options: Any,
+    ) -> tuple[S, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[S],
+        pretrained_model_name_or_path: str | PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
         *,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -148,21 +162,43 @@ class DDIMScheduler(Configured):
         local_files_only: bool = False,
         force_download: bool = False,
         **config_entries: Any,
-    ) -> S:
+    ) -> S: ...
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S],
+        pretrained_model_name_or_path: str | PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **config_entries: Any,
+    ) -> S | tuple[S, dict[str, Any]]:
         """Load a scheduler, whatever class wrote it, from its own folder or that of a pipeline, or from the Hub.
 
         The options are those of `ddim_fast.checkpoints.Lookup`; `config_entries` replace entries of the stored config,
         or say what `ddim_fast.checkpoints.Training` lists about a checkpoint file.
-        Raises what `ddim_fast.checkpoints.read_scheduler` raises, and `TypeError` for an unknown option.
+        With `return_unused_kwargs`, the result is the scheduler and a dict of the options that are none; without it
+        such an option raises `TypeError`. Options of diffusers that have no effect here are said to have none. Raises
+        what `ddim_fast.checkpoints.read_scheduler` raises.
 
         Example:
             >>> DDIMScheduler.from_pretrained("ddim-fast/digits", subfolder="scheduler").config.beta_schedule
             'linear'
         """
-        for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
-            config_entries.pop(name)
+        drop_without_effect(config_entries)
+        if config_entries.pop("output_loading_info", False):
+            log_once(logger, logging.WARNING, "from_pretrained: output_loading_info has no effect on a scheduler")
+        token = take_token(config_entries, token)
         training = Training.taken_from(config_entries)
-        check_entries(cls, config_entries)
+        known = set(init_arguments(cls))
+        unused = {name: config_entries.pop(name) for name in list(config_entries) if name not in known}
+        if unused and not return_unused_kwargs:
+            check_entries(cls, unused)
         lookup = Lookup(
             subfolder=subfolder,
             revision=revision,
@@ -172,7 +208,8 @@ class DDIMScheduler(Configured):
             force_download=force_download,
             training=replace(training, scheduler=config_entries),
         )
-        return cls.from_stored(read_scheduler(pretrained_model_name_or_path, lookup))
+        scheduler = cls.from_stored(read_scheduler(pretrained_model_name_or_path, lookup))
+        return (scheduler, unused) if return_unused_kwargs else scheduler
 
     @classmethod
     def from_stored(cls: type[S], stored: StoredScheduler, **overrides: Any) -> S:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .entries import check_flag, check_number, check_whole
+import numpy as np
+
+from .entries import check_flag, check_number, check_whole, shown
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quad")
@@ -82,6 +84,11 @@ def check_scheduler_config(config: Any) -> None:
         check_number(name, config[name], 0, 1e6)
     for name in ("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"):
         check_flag(name, config[name])
+    if config.trained_betas is not None:
+        try:
+            np.asarray(config.trained_betas, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"trained_betas must be numbers, got {shown(config.trained_betas)}") from None
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

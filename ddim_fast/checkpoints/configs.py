@@ -10,8 +10,12 @@ from typing import Any
 from .files import open_file, read_json
 from .layout import UNET_CONFIG, Source, join, part_folder
 from .load import looked_at
-from .lookup import HARMLESS_OPTIONS, Lookup
+from .lookup import Lookup
+from .options import drop_without_effect, take_token
 from .source import local_path
+
+# Scripts hand one set of options to `load_config` and `from_pretrained`.
+_OF_WEIGHTS = {"device_map", "output_loading_info"}
 
 
 def read_config(
@@ -22,11 +26,14 @@ def read_config(
     `name_or_path` may be that file itself. Returns the config as it is stored, and those of `options` that are none of
     `Lookup`. Raises what `read_scheduler` raises.
     """
+    options = dict(options)
+    drop_without_effect(options)
+    token = take_token(options, options.pop("token", None))
     known = {field.name for field in fields(Lookup)}
-    lookup = Lookup(**{name: value for name, value in options.items() if name in known})
-    unused = {name: value for name, value in options.items() if name not in known | HARMLESS_OPTIONS}
+    lookup = Lookup(**{name: value for name, value in options.items() if name in known}, token=token)
+    unused = {name: value for name, value in options.items() if name not in known | _OF_WEIGHTS}
     path = local_path(name_or_path)
-    if path is not None and path.is_file():
+    if path is not None and not path.is_dir():
         with open_file(path) as file:
             return read_json(file), unused
     part = "unet" if config_name == UNET_CONFIG else "scheduler"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -63,13 +64,25 @@ def read_pipeline(name_or_path: NameOrPath, lookup: Lookup | None = None) -> Sto
         return StoredPipeline(unet=_read_network(unet), scheduler=scheduler)
 
 
-def read_unet(name_or_path: NameOrPath, lookup: Lookup | None = None) -> StoredNetwork:
-    """What is stored of a network, in its own folder or that of a pipeline; the arguments are `read_pipeline`'s."""
+def read_unet(
+    name_or_path: NameOrPath,
+    lookup: Lookup | None = None,
+    *,
+    flat_first: bool = True,
+    class_names: Collection[str] = UNET_CLASSES,
+) -> StoredNetwork:
+    """What is stored of a network, in its own folder or that of a pipeline; the arguments are `read_pipeline`'s.
+
+    Where a folder holds a network and, as a pipeline, another one, `flat_first` takes the former. A config that names
+    a class that is not among `class_names` is refused.
+    """
     lookup = lookup or Lookup()
     if (file := _single_file(name_or_path)) is not None:
         return read_single_file(file, lookup.training).unet
     lookup.training.check_folder(str(name_or_path))
-    with looked_at(name_or_path, lookup, _find_unet) as unet:
+    with looked_at(
+        name_or_path, lookup, functools.partial(_find_unet, flat_first=flat_first, class_names=class_names)
+    ) as unet:
         return _read_network(unet)
 
 
@@ -186,10 +199,10 @@ def _find_pipeline(source: Source, lookup: Lookup) -> tuple[_FoundNetwork, Store
     return _open_network(folder, located.unet, located.weights), _scheduler_config(folder, located.scheduler, lookup)
 
 
-def _find_unet(source: Source, lookup: Lookup) -> _FoundNetwork:
-    inside = part_folder(source, lookup.root, "unet", UNET_CONFIG, flat_first=True)
+def _find_unet(source: Source, lookup: Lookup, flat_first: bool, class_names: Collection[str]) -> _FoundNetwork:
+    inside = part_folder(source, lookup.root, "unet", UNET_CONFIG, flat_first=flat_first)
     weights = find_weights(source, inside, lookup.variant, lookup.use_safetensors)
-    return _open_network(source.fetch([join(inside, UNET_CONFIG), *weights.needed]), inside, weights)
+    return _open_network(source.fetch([join(inside, UNET_CONFIG), *weights.needed]), inside, weights, class_names)
 
 
 def _find_scheduler(source: Source, lookup: Lookup) -> StoredScheduler:
@@ -197,12 +210,14 @@ def _find_scheduler(source: Source, lookup: Lookup) -> StoredScheduler:
     return _scheduler_config(source.fetch([join(inside, SCHEDULER_CONFIG)]), inside, lookup)
 
 
-def _open_network(folder: Folder, inside: str, weights: Weights) -> _FoundNetwork:
+def _open_network(
+    folder: Folder, inside: str, weights: Weights, class_names: Collection[str] = UNET_CLASSES
+) -> _FoundNetwork:
     path = join(inside, UNET_CONFIG)
     where = str(folder.top / path)
     config = modernize_unet_config(folder.read(path))
     kind = config.get("_class_name", UNET_CLASSES[0])
-    if kind not in UNET_CLASSES:
+    if kind not in class_names:
         raise ValueError(f"{where} describes a {kind}, not a {UNET_CLASSES[0]}; this package samples from no other")
     config["_class_name"] = UNET_CLASSES[0]
     return _FoundNetwork(config, where, [folder.open(name) for name in weights.files])

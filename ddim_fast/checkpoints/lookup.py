@@ -11,9 +11,6 @@ from ..config import init_arguments
 from .layout import check_subfolder, check_variant
 from .training import Training
 
-# diffusers has these switches; here loading is always as they ask, or they have nothing to do.
-HARMLESS_OPTIONS = frozenset({"low_cpu_mem_usage", "proxies", "output_loading_info", "mirror", "device_map"})
-
 
 @dataclass(frozen=True)
 class Lookup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,18 @@ def save_unet(
     safe_serialization: bool = True,
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
+    save_function: Callable[..., Any] | None = None,
 ) -> None:
-    """Write a network's `config.json` and weights; see `save_pipeline`."""
+    """Write a network's `config.json` and weights; see `save_pipeline`.
+
+    `save_function(tensors, path)` writes the files in place of `torch.save`; safetensors, which it is not for, are
+    written as ever.
+    """
     _check_options(variant, max_shard_size)
-    replace_together(Path(path), lambda folder: _write_unet(unet, folder, safe_serialization, variant, max_shard_size))
+    replace_together(
+        Path(path),
+        lambda folder: _write_unet(unet, folder, safe_serialization, variant, max_shard_size, save_function),
+    )
 
 
 def save_config(config: Mapping[str, Any], class_name: str, file_name: str, path: PathLike) -> None:
@@ -100,7 +108,12 @@ def _check_options(variant: Any, max_shard_size: Any) -> None:
 
 
 def _write_unet(
-    unet: Any, folder: Path, safe_serialization: bool, variant: str | None, max_shard_size: int | str
+    unet: Any,
+    folder: Path,
+    safe_serialization: bool,
+    variant: str | None,
+    max_shard_size: int | str,
+    save_function: Callable[..., Any] | None = None,
 ) -> list[str]:
     """Write config and weights into `folder`; returns the names of the files."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -123,7 +136,11 @@ def _write_unet(
         state, filename_pattern=f"{STEM}{infix}{{suffix}}.{extension}", max_shard_size=max_shard_size
     )
     for name, keys in split.filename_to_tensors.items():
-        _write_tensors({key: state[key].detach().cpu().contiguous() for key in keys}, folder / name)
+        tensors = {key: state[key].detach().cpu().contiguous() for key in keys}
+        if save_function is not None and not safe_serialization:
+            save_function(tensors, str(folder / name))
+        else:
+            _write_tensors(tensors, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         name = f"{STEM}.{extension}.index{infix}.json"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Up to here the missing tensors are named one by one.
 _MISSING_AT_MOST = 2000
 
+# A tensor's name, its shape in the file, and in the network.
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+
 U = TypeVar("U", bound="UNet2DModel")
 
 
@@ -30,11 +33,13 @@ def build_unet(
     dtype: torch.dtype,
     device: torch.device,
     overrides: Mapping[str, Any] | None = None,
+    mismatched: list[Mismatch] | None = None,
 ) -> U:
     """A `kind` in eval mode, with the stored config, `overrides` in place of its entries, and the stored weights.
 
-    The tensors of `stored` are used up. Raises `ValueError`, naming the file, if no network can be built from the
-    config, or if the weights are not exactly those of the network.
+    The tensors of `stored` are used up. With a list `mismatched`, tensors of other shapes than the network's are named
+    there, and the network keeps its initial values in their place. Raises `ValueError`, naming the file, if no network
+    can be built from the config, or if the weights are not exactly those of the network.
     """
     _check_size({**stored.config, **(overrides or {})}, stored)
     try:
@@ -42,8 +47,19 @@ def build_unet(
             unet = kind.from_config(stored.config, **(overrides or {}))
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{stored.where} describes no network that can be built: {error}") from error
+    if mismatched is not None:
+        mismatched += _mismatches(unet, stored)
+        if mismatched:
+            initial = kind.from_config(stored.config, **(overrides or {})).state_dict()
+            stored.tensors.update({name: initial[name] for name, _, _ in mismatched})
     fill(unet, stored, dtype, device)
     return unet.eval()
+
+
+def _mismatches(unet: nn.Module, stored: StoredNetwork) -> list[Mismatch]:
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
+    return [(name, found[name], shape) for name, shape in expected.items() if found.get(name, shape) != shape]
 
 
 def _check_size(config: Mapping[str, Any], stored: StoredNetwork) -> None:
@@ -54,19 +70,10 @@ def _check_size(config: Mapping[str, Any], stored: StoredNetwork) -> None:
         least = 8 * (len(levels) * (2 * layers + 1) + 2)
         if least > len(stored.tensors) + _MISSING_AT_MOST:
             raise ValueError(
-                f"{stored.where} describes no network of these weights: {len(levels)} resolutions with "
-                f"layers_per_block={shown(layers)} have at least {shown(least)} tensors, the weights are "
+                f"{stored.where} describes no network of these weights: {len(levels)} block_out_channels "
+                f"with layers_per_block={shown(layers)} have {shown(least)} tensors or more, the weights are "
                 f"{len(stored.tensors)}"
             )
-
-
-def check_target(
-    torch_dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of the weights, by default float32 and the CPU; raises `TypeError` for another dtype."""
-    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
-        raise TypeError(f"torch_dtype must be a floating point dtype such as torch.float16, got {torch_dtype!r}")
-    return torch_dtype or torch.float32, torch.device("cpu" if device is None else device)
 
 
 @contextmanager

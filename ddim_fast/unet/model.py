@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Lookup, Training, is_single_file, push_to_hub, read_unet, save_unet
-from ..checkpoints.lookup import HARMLESS_OPTIONS, check_entries
+from ..checkpoints.layout import UNET_CLASSES
+from ..checkpoints.lookup import check_entries
+from ..checkpoints.options import drop_without_effect, take_token
 from ..config import Configured, register_to_config
+from ..once import log_once
 from ..outputs import Output
+from ..placement import DeviceMap, Dtype, read_placement
 from .blocks import Block, BlockOptions, UNetMidBlock2D
 from .config_check import check_config
 from .embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
-from .loading import build_unet, check_target
+from .loading import Mismatch, build_unet
 from .registry import make_down_block, make_up_block
 from .resnet import make_group_norm
 from .skip_blocks import SkipDownBlock2D, SkipUpBlock2D
+
+logger = logging.getLogger(__name__)
 
 U = TypeVar("U", bound="UNet2DModel")
 
@@ -320,6 +327,7 @@ class UNet2DModel(Configured, nn.Module):
             if isinstance(module, Block):
                 module.gradient_checkpointing = value
 
+    @overload
     @classmethod
     def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         # The label that stands for no class is for who samples, not for the network.
@@ -330,8 +338,20 @@ class UNet2DModel(Configured, nn.Module):
         cls: type[U],
         pretrained_model_name_or_path: str | PathLike[str],
         *,
-        torch_dtype: torch.dtype | None = None,
+        output_loading_info: Literal[True],
+        **options: Any,
+    ) -> tuple[U, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[U],
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
         device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -340,30 +360,57 @@ class UNet2DModel(Configured, nn.Module):
         force_download: bool = False,
         subfolder: str | None = None,
         use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: Literal[False] = False,
         **config_entries: Any,
-    ) -> U:
+    ) -> U: ...
+
+    @classmethod
+    def from_pretrained(
+        cls: type[U],
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
+        device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **config_entries: Any,
+    ) -> U | tuple[U, dict[str, Any]]:
         """Load a network, in eval mode, from its own folder or that of a pipeline, the Hub, or a checkpoint file.
 
         Args:
             pretrained_model_name_or_path: as in `ddim_fast.checkpoints.read_pipeline`.
-            torch_dtype: of the weights, float32 by default, whatever the file has.
-            device: where the weights go, the CPU by default.
+            dtype, torch_dtype: of the weights, float32 by default, whatever the file has; "auto" is the file's own.
+            device, device_map: where the weights go, the CPU by default; see `ddim_fast.placement.read_placement`.
             variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download: as in
                 `ddim_fast.checkpoints.Lookup`.
+            ignore_mismatched_sizes: keep the initial values where a stored tensor has another shape.
+            output_loading_info: return the network and a dict of `missing_keys`, `unexpected_keys`, `mismatched_keys`
+                and `error_msgs`. All but the mismatched are empty: such weights raise an error.
             config_entries: replace entries of the stored config, or say what `ddim_fast.checkpoints.Training` lists
                 about a checkpoint file.
 
         Raises what `ddim_fast.checkpoints.read_unet` raises, `ValueError` for weights that are not the network's, and
-        `TypeError` for an unknown option.
+        `TypeError` for an unknown option. Options of diffusers that have no effect here are said to have none.
 
         Example:
             >>> unet = UNet2DModel.from_pretrained("ddim-fast/digits", subfolder="unet")
             >>> unet.config.sample_size
             32
         """
-        target = check_target(torch_dtype, device)
-        for name in sorted(HARMLESS_OPTIONS & config_entries.keys()):
-            config_entries.pop(name)
+        placement = read_placement(torch_dtype, dtype, device, device_map)
+        drop_without_effect(config_entries)
+        token = take_token(config_entries, token)
         stays = set() if is_single_file(pretrained_model_name_or_path) else {"out_channels"} & config_entries.keys()
         kept = {name: config_entries.pop(name) for name in stays}
         training = Training.taken_from(config_entries)
@@ -372,12 +419,55 @@ class UNet2DModel(Configured, nn.Module):
         lookup = Lookup(
             variant, use_safetensors, subfolder, revision, cache_dir, token, local_files_only, force_download, training
         )
-        stored = read_unet(pretrained_model_name_or_path, lookup)
-        return build_unet(cls, stored, dtype=target[0], device=target[1], overrides=config_entries)
+        derived = [base.__name__ for base in cls.__mro__ if issubclass(base, UNet2DModel)]
+        stored = read_unet(pretrained_model_name_or_path, lookup, class_names=[*UNET_CLASSES, *derived])
+        mismatched: list[Mismatch] | None = [] if ignore_mismatched_sizes else None
+        unet = build_unet(
+            cls,
+            stored,
+            dtype=placement.dtype_of(stored.tensors.values()),
+            device=placement.device,
+            overrides=config_entries,
+            mismatched=mismatched,
+        )
+        if mismatched:
+            names = ", ".join(name for name, _, _ in mismatched)
+            log_once(logger, logging.WARNING, f"{stored.where}: initial values in place of stored ones for {names}")
+        if output_loading_info:
+            empty: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "error_msgs": []}
+            return unet, {**empty, "mismatched_keys": mismatched or []}
+        return unet
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Save config and weights to a folder; the options are those of `ddim_fast.checkpoints.save_unet`."""
-        save_unet(self, save_directory, **options)
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Save config and weights to a folder; see `ddim_fast.checkpoints.save_unet` for what they mean.
+
+        With `is_main_process=False` nothing is written: the main process of a training job writes for all.
+        `save_function(tensors, path)` writes the `.bin` files in place of `torch.save`. With `push_to_hub`, the folder
+        is uploaded, too, with the `options` of `ddim_fast.checkpoints.push_to_hub`; `repo_id` is its name by default.
+        """
+        if options and not push_to_hub:
+            raise TypeError(f"{', '.join(sorted(options))}: for push_to_hub=True only, which is not given")
+        if not is_main_process:
+            return
+        choices: dict[str, Any] = {
+            "safe_serialization": safe_serialization,
+            "variant": variant,
+            "max_shard_size": max_shard_size,
+            "save_function": save_function,
+        }
+        save_unet(self, save_directory, **choices)
+        if push_to_hub:
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).resolve().name), **choices, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload config and weights, with the options of `ddim_fast.checkpoints.push_to_hub`; the commit's address."""

@@ -77,3 +77,11 @@ def test_a_derived_pipeline_is_kept_everywhere(saved, unet, same_weights):
     for one in (loaded, OwnPipeline.from_pipe(loaded), pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
         assert type(one) is OwnPipeline
         same_weights(one.unet, unet)
+
+
+def test_a_config_that_names_a_derived_class_is_for_that_class(saved, unet, same_weights):
+    """Whose forward may be another; a stranger's class is refused."""
+    HalvedNetwork.from_config(unet.config).save_config(saved / "unet")
+    assert type(HalvedNetwork.from_pretrained(saved)) is HalvedNetwork
+    with pytest.raises(ValueError, match="describes a HalvedNetwork, not a UNet2DModel"):
+        UNet2DModel.from_pretrained(saved)

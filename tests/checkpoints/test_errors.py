@@ -264,7 +264,7 @@ def test_missing_shards_and_missing_indices_are_named(unet, tmp_path):
     [
         (
             {"torch_dtype": "float16"},
-            "torch_dtype must be a floating point dtype such as torch.float16, got 'float16'",
+            "torch_dtype must be a floating point dtype such as torch.float16, 'auto', or .* got 'float16'",
         ),
         ({"torch_dtype": torch.int8}, "torch_dtype must be a floating point dtype"),
         ({"variant": 16}, "variant must be a string"),

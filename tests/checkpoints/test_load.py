@@ -191,13 +191,25 @@ def test_safetensors_come_before_bin_and_an_index_before_one_file(theirs, tmp_pa
     predictions_agree(diffusers.UNet2DModel.from_pretrained(tmp_path), best)
 
 
-def test_links_as_the_hubs_cache_makes_them_are_followed(saved, theirs, tmp_path):
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for number, file in enumerate(sorted(path for path in saved.rglob("*") if path.is_file())):
-        file.rename(blobs / str(number))
-        file.symlink_to(blobs / str(number))
-    predictions_agree(load_parts(saved)[0], theirs)
+@pytest.mark.parametrize("shared", [False, True])
+def test_links_as_the_hubs_cache_makes_them_are_followed(saved, theirs, tmp_path, shared):
+    """The files of a snapshot link to blobs of their repository, which may link to blobs of all repositories."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    snapshot.parent.mkdir(parents=True)
+    saved.rename(snapshot)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        blob = repository / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+        if shared:
+            common = tmp_path / "hub" / "blobs" / "ab" / f"ab{number:062x}"
+            common.parent.mkdir(parents=True, exist_ok=True)
+            blob.rename(common)
+            blob.symlink_to(os.path.relpath(common, blob.parent))
+    predictions_agree(load_parts(snapshot)[0], theirs)
+    predictions_agree(UNet2DModel.from_pretrained(snapshot / "unet"), theirs)
 
 
 def test_other_components_are_named_and_left_alone(saved, theirs, caplog):
