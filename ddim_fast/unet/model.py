@@ -327,12 +327,12 @@ class UNet2DModel(Configured, nn.Module):
             if isinstance(module, Block):
                 module.gradient_checkpointing = value
 
-    @overload
     @classmethod
     def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         # The label that stands for no class is for who samples, not for the network.
         return entries, {name: entries.pop(name) for name in {"null_label"} & entries.keys()}
 
+    @overload
     @classmethod
     def from_pretrained(
         cls: type[U],
