@@ -292,6 +292,9 @@ class DDIMPipeline(PipelineMethods):
         pixels, bad = to_uint8(sample)
         return pixels, bad != 0
 
+    # The scheduler keeps what it makes here, and calls outside inference mode could not use inference tensors.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _sample(self, request: Request) -> torch.Tensor:
         """The final samples of `request`, float32 (B, C, H, W), by the scheduler's table or by its own step."""
         # The schedule belongs to this call: nothing below reads what other threads share.

@@ -23,6 +23,14 @@ _cpu_to_triton = INTERPRETED
 _records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("records", default=None)
 
 
+# Devices on which kernels turned out not to run, and why: their tensors take the references. See `probe.py`.
+_unusable: dict[torch.device, str] = {}
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or started on a device; the message says which, where and why."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: everything an ahead-of-time compiler needs."""
@@ -43,13 +51,33 @@ def triton_missing() -> str | None:
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """CUDA tensors run the Triton kernel where there is Triton, CPU tensors with `TRITON_INTERPRET=1` alone.
+    """Whether an operator on `tensor` runs its Triton kernel; else it runs the PyTorch reference.
 
-    All others run the PyTorch reference.
+    CUDA tensors do where there is Triton, CPU tensors with `TRITON_INTERPRET=1` alone; neither on a device where
+    kernels turned out not to run.
     """
-    if tensor.is_cuda:
-        return optional_triton.missing is None
-    return _cpu_to_triton and tensor.device.type == "cpu"
+    return runs_kernels(tensor.device)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether tensors on `device` take the Triton kernels; see `use_triton`."""
+    wanted = optional_triton.missing is None if device.type == "cuda" else _cpu_to_triton and device.type == "cpu"
+    return wanted and (not _unusable or numbered(device) not in _unusable)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """`device` with its index, which "cuda" alone leaves to the current device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def set_unusable(device: torch.device, reason: str | None) -> None:
+    """Let tensors on `device` take the references, because of `reason`; None lets them take the kernels again."""
+    if reason is None:
+        _unusable.pop(numbered(device), None)
+    else:
+        _unusable[numbered(device)] = reason
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
@@ -93,7 +121,8 @@ def launch(
     """Start `kernel` over `grid` on the device of its tensors, or record the launch.
 
     Raises:
-        RuntimeError: there is no Triton; the message says why, and the remedy.
+        KernelError: there is no Triton, or it cannot compile or start this kernel here; the message says why.
+        torch.OutOfMemoryError: there is no memory left.
     """
     records = _records.get()
     if records is not None:
@@ -101,9 +130,20 @@ def launch(
         return
     reason = triton_missing()
     if reason is not None:
-        raise RuntimeError(f"a kernel cannot be launched: {reason}")
+        raise KernelError(f"a kernel cannot be launched: {reason}")
     tensor = next(value for value in args.values() if isinstance(value, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-    with guard:
-        kernel[grid](**args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    try:
+        with guard:
+            kernel[grid](**args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        name = getattr(kernel, "__name__", None) or getattr(getattr(kernel, "fn", None), "__name__", repr(kernel))
+        raise KernelError(f"the kernel {name} cannot run on {tensor.device}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The type of `error` and the first line of what it says, as a message takes it."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": ")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..offload import Offload
 from ..once import log_once
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from .loop import Run
     from .own_step import Scheduler
     from .pack import PackedUNet
+    from .selfcheck import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,11 @@ Progress = Callable[[int], object]
 
 def ignore_progress(steps: int) -> None:
     """For callers that show none."""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this block `device` is the current one, for whatever relies on that: streams, events, launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine:
@@ -57,6 +66,9 @@ class Engine:
         # Two threads may call at once: one packs, and graphs read and write buffers of their own.
         self.lock = threading.RLock()
         self._snapshot: Snapshot | None = None
+        # What the check of itself found: passed verdicts by what they depend on, and the reasons of failed ones.
+        self.verdicts: dict[str, Verdict] = {}
+        self._refused: dict[tuple[str, torch.dtype], str] = {}
 
     @property
     def packed(self) -> PackedUNet | None:
@@ -114,10 +126,10 @@ class Engine:
 
     def _unfusable(self, device: torch.device) -> str | None:
         """Why the plain modules must run in place of packed weights and fused kernels; None if they need not."""
-        from ..kernels.launch import triton_missing
+        from ..kernels.probe import unusable
         from .pack import unsupported
 
-        return unsupported(self.unet) or (triton_missing() if device.type == "cuda" else None)
+        return unsupported(self.unet) or unusable(device) or self._refused.get((str(device), self.unet.dtype))
 
     # Buffers and packed weights outlive the call: were they inference tensors, calls outside that mode could not use
     # them, nor could training.
@@ -133,16 +145,17 @@ class Engine:
             ValueError: the network cannot take samples of this size.
             torch.cuda.OutOfMemoryError: the batch does not fit; the message says what would.
         """
-        if table.variance_range is not None:
-            from .plain import run_learned_variance
+        with on_device(request.device):
+            if table.variance_range is not None:
+                from .plain import run_learned_variance
 
-            log_once(logger, logging.INFO, "engine plain: only its updates read a learned variance")
-            return run_learned_variance(self.unet, request, table, progress)
-        name = self._chosen(request)
-        if name == "plain":
-            return self._run_plain(request, table, progress)
-        with torch.autocast(request.device.type, enabled=False):
-            return self._run_fast(request, table, name == "graph", progress)
+                log_once(logger, logging.INFO, "engine plain: only its updates read a learned variance")
+                return run_learned_variance(self.unet, request, table, progress)
+            name = self._chosen(request)
+            if name == "plain":
+                return self._run_plain(request, table, progress)
+            with torch.autocast(request.device.type, enabled=False):
+                return self._run_fast(request, table, name == "graph", progress)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -153,11 +166,12 @@ class Engine:
         """
         from .own_step import run_own_step
 
-        if self._chosen(request) == "plain":
-            return run_own_step(self.unet, None, request, scheduler, progress)
-        with torch.autocast(request.device.type, enabled=False):
-            _, packed = self._packed(request.device)
-            return run_own_step(self.unet, packed, request, scheduler, progress)
+        with on_device(request.device):
+            if self._chosen(request) == "plain":
+                return run_own_step(self.unet, None, request, scheduler, progress)
+            with torch.autocast(request.device.type, enabled=False):
+                _, packed = self._packed(request.device)
+                return run_own_step(self.unet, packed, request, scheduler, progress)
 
     def _chosen(self, request: Request) -> str:
         """Who runs the steps; the log says so, once, where it is not who was asked for."""
@@ -190,6 +204,9 @@ class Engine:
         snapshot, packed = self._packed(request.device)
         run = make_run(self.unet, packed, request, table)
         predict = predict_plain(self.unet) if packed is None else predict_fused(packed)
+        if packed is not None and self._refuses(run, predict):
+            # The noise is drawn already, so the plain modules go on from it.
+            run, predict, snapshot.packed = replace(run, packed=None), predict_plain(self.unet), None
         in_graphs = in_graphs and snapshot.not_capturable is None
         if self.settings.compile_options is not None:
             from .compiled import faster_predict
@@ -200,6 +217,44 @@ class Engine:
             if sample is not None:
                 return sample
         return run_eagerly(run, initial_state(run), predict, update_by_kernel, progress)
+
+    def _refuses(self, run: Run, predict: Any) -> bool:
+        """Whether the check of itself finds the fused forward wrong for calls like `run`, or unable to run.
+
+        Only where Triton compiled the kernels: those in C are compiled once, for all calls, and have the suite.
+        """
+        from ..kernels.launch import KernelError, runs_kernels
+        from . import selfcheck
+
+        device, dtype = run.latents.device, self.unet.dtype
+        if not runs_kernels(device) or isinstance(run.latents, FakeTensor):
+            return False
+        key = selfcheck.key_of(run)
+        verdict = self.verdicts.get(str(key)) or (selfcheck.recall(key) if device.type == "cuda" else None)
+        if verdict is None:
+            try:
+                verdict = selfcheck.compare(run, predict)
+            except torch.OutOfMemoryError:
+                return False  # The run itself says what would fit.
+            except KernelError as error:
+                reason = f"{error}; the plain modules run"
+                return self._refuse(device, dtype, reason)
+            if not verdict.passed:
+                reason = (
+                    f"on {key['device']} the fused forward is {verdict.error:.2g} off the plain modules' in {dtype}, "
+                    f"and {verdict.bound:.2g} is what rounding explains; the plain modules run. Please report this "
+                    "with the output of `ddim-fast info`"
+                )
+                return self._refuse(device, dtype, reason)
+            if device.type == "cuda":
+                selfcheck.remember(key, verdict)
+        self.verdicts[str(key)] = verdict
+        return False
+
+    def _refuse(self, device: torch.device, dtype: torch.dtype, reason: str) -> bool:
+        self._refused[str(device), dtype] = reason
+        logger.warning(reason)
+        return True
 
     def _run_graphs(self, snapshot: Snapshot, run: Run, predict: Any, progress: Progress) -> Tensor | None:
         """All steps in graphs; None where a graph cannot hold them, before anything was drawn for them."""

@@ -6,21 +6,26 @@ pipeline share a memory pool, and the least recently used one goes when there ar
 
 from __future__ import annotations
 
+import sys
+import threading
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.launch import KernelError
 from .capturing import capturing
 from .loop import Predict, Run, State, draw_noise, initial_state, run_step, time_rows, update_by_kernel, windows
 
 MAX_GRAPHS = 8
-WARM_UP_STEPS = 2
+# What PyTorch says of an operation that waits, in every release since 1.10.
+SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 class CaptureError(RuntimeError):
@@ -109,11 +114,14 @@ def find_or_capture(run: Run, predict: Predict, cache: GraphCache, window: range
     """The graph for windows as long as `window`, captured if it is new."""
     key = graph_key(run, len(window))
     if key not in cache.graphs:
+        before = sys.exc_info()[1]
         try:
             captured = capture(run, predict, window, cache)
+        except KernelError:
+            raise
         except RuntimeError as error:
-            # Ending a capture that ran out of memory may fail in its turn.
-            causes = [cause for cause in (error, error.__context__) if cause is not None]
+            # Ending a capture that failed fails in its turn, so the cause comes last.
+            causes = list(chain_of(error, before))
             if any(isinstance(cause, torch.cuda.OutOfMemoryError) for cause in causes):
                 # The frames that it went through hold what had been allocated.
                 for cause in causes:
@@ -121,13 +129,20 @@ def find_or_capture(run: Run, predict: Predict, cache: GraphCache, window: range
                 cache.clear()
                 torch.cuda.empty_cache()
                 raise torch.cuda.OutOfMemoryError(describe_shortage(run, predict)) from error
-            raise CaptureError(str(error).partition("\n")[0]) from error
+            raise CaptureError(str(causes[-1]).partition("\n")[0]) from error
         cache.graphs[key] = captured
         cache.captures += 1
         while len(cache.graphs) > MAX_GRAPHS:
             cache.graphs.popitem(last=False)
     cache.graphs.move_to_end(key)
     return cache.graphs[key]
+
+
+def chain_of(error: BaseException, before: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what was being handled when it was raised, and so on, up to what had been raised `before`."""
+    while error is not None and error is not before:
+        yield error
+        error = error.__context__  # type: ignore[assignment]
 
 
 def static_state(run: Run, window: range) -> State:
@@ -184,22 +199,77 @@ def capture(run: Run, predict: Predict, window: range, cache: GraphCache) -> Cap
         cache.stream.wait_stream(current)
         try:
             with torch.cuda.stream(cache.stream):
-                for index in range(min(len(window), WARM_UP_STEPS)):
-                    run_step(state, predict, update_by_kernel, index)
+                # The first step compiles kernels and fills caches, and may wait for that; no later one does.
+                run_step(state, predict, update_by_kernel, 0)
+                with no_waiting():
+                    run_step(state, predict, update_by_kernel, min(1, len(window) - 1))
         finally:
             # The buffers are of the current stream, which may give them to others only when they are free.
             current.wait_stream(cache.stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is theirs.
         recording = torch.cuda.graph(graph, pool=cache.pool, stream=cache.stream, capture_error_mode="thread_local")
+        whole = False
         try:
             with workspaces_of_its_own(), recording:
                 for index in range(len(window)):
                     run_step(state, predict, update_by_kernel, index)
+            whole = True
         finally:
             # PyTorch leaves the stream of a capture that cannot be ended the current one.
             torch.cuda.set_stream(current)
+            if not whole:
+                clean_up_after_failure(device, cache)
         return Captured(graph, state)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise `CaptureError` if this thread made the host wait for the device within this block.
+
+    A capture would fail there, and before PyTorch 2.12 a capture that failed leaves the process damaged. PyTorch is
+    asked to warn, not to raise: its setting is the whole process's, and other threads may wait.
+    """
+    waits, here = [], threading.get_ident()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show = warnings.showwarning
+
+        def note(message: Any, *where: Any, **more: Any) -> None:
+            if SYNC_WARNING in str(message) and threading.get_ident() == here:
+                waits.append(f"{str(message).partition(' (')[0]} at {where[1]}:{where[2]}")
+            elif SYNC_WARNING not in str(message):
+                show(message, *where, **more)
+
+        warnings.showwarning = note
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    if waits:
+        raise CaptureError(f"the host waits for the device within a step: {waits[0]}")
+
+
+def clean_up_after_failure(device: torch.device, cache: GraphCache) -> None:
+    """Undo what a failed capture leaves behind in PyTorch 2.6 to 2.11: the allocator's pool and the generator's state.
+
+    Its end raises before it has told the allocator and the default generator that the capture is over; then
+    `empty_cache` fails and every later draw says that a capture is going on. A capture of one addition, which ends
+    well, tells the generator. Newer releases find nothing to do here, and a call that they lack is left out.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    end = end or getattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", None)
+    release = getattr(torch._C, "_cuda_releasePool", None)
+    for call in (end, release):
+        if call is not None:
+            with suppress(Exception):
+                call(device.index or 0, cache.pool)
+    # Graphs that were captured before keep their own share of the pool; new ones get a new one.
+    cache.pool = None
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=cache.stream):
+        torch.ones(1, device=device).add_(1)
 
 
 @contextmanager

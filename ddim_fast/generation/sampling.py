@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,10 @@ class Sampler:
         `images` is a uint8 array (n, H, W, C) that the caller may keep, `bad` a bool array (n,). On CUDA a batch is
         handed over once the next one is queued, so the device never waits for the host.
         """
+        with torch.cuda.device(self.pipe.device) if self.cuda else nullcontext():
+            self._run(chunks, emit)
+
+    def _run(self, chunks: Iterable[Chunk], emit: Emit) -> None:
         waiting: _Batch | None = None
         for chunk in chunks:
             for offset in range(0, len(chunk.seeds), self.job.batch_size):
@@ -102,8 +106,9 @@ class Sampler:
             )  # fmt: skip
         done = None
         if self.cuda:
+            # On the pipeline's stream: the current device need not be the pipeline's.
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self.pipe.device))
         self.seconds["sampling"] += time.perf_counter() - start
         return _Batch(chunk, offset, count, images, bad, done)
 

@@ -95,6 +95,11 @@ class Recorder:
         self.fail_with, self.waits, self.ends, self.streams = None, [], 0, 0
         self.workspaces, self.captured_storages, self.replays_at_capture, self.capturing = [], [], [], False
         self.current = []
+        self.sync_mode, self.sync_modes = 0, []
+
+    def set_sync_mode(self, mode):
+        self.sync_mode = mode
+        self.sync_modes.append(mode)
 
     def install(self, monkeypatch):
         recorder = self
@@ -147,6 +152,8 @@ class Recorder:
             "graph": capturing,
             "device": lambda device: contextlib.nullcontext(),
             "empty_cache": lambda: None,
+            "get_sync_debug_mode": lambda: recorder.sync_mode,
+            "set_sync_debug_mode": recorder.set_sync_mode,
         }.items():
             monkeypatch.setattr(torch.cuda, name, double)
 
