@@ -67,6 +67,7 @@ class Sampler:
         `images` is a uint8 array (n, H, W, C) that the caller may keep, `bad` a bool array (n,). On CUDA a batch is
         handed over once the next one is queued, so the device never waits for the host.
         """
+        # Whatever relies on the current device finds the pipeline's.
         with torch.cuda.device(self.pipe.device) if self.cuda else nullcontext():
             self._run(chunks, emit)
 
@@ -106,7 +107,6 @@ class Sampler:
             )  # fmt: skip
         done = None
         if self.cuda:
-            # On the pipeline's stream: the current device need not be the pipeline's.
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self.pipe.device))
         self.seconds["sampling"] += time.perf_counter() - start
