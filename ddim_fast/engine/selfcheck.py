@@ -84,7 +84,7 @@ def key_of(run: Run) -> dict[str, str]:
 
 def _driver() -> str:
     with suppress(Exception):
-        return str(torch._C._cuda_getDriverVersion())
+        return str(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009, the stubs lack it
     return "unknown"
 
 
