@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, overload
 
@@ -13,13 +15,21 @@ from PIL import Image
 from torch import nn
 from typing_extensions import TypeVar, Unpack
 
+from .adopted_scheduler import converted, exclusive
 from .engine.own_step import set_schedule
+from .once import log_once
 from .outputs import BadImagesError, Output
-from .pipeline_methods import PipelineMethods, adopt_scheduler, adopt_unet
+from .pipeline_methods import PipelineMethods, adopt_unet
 from .request import Generators, Labels, Request, Seeds, make_request
-from .scheduler import follows_its_table
+from .scheduler import DDIMScheduler, follows_its_table
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
+# What diffusers' scripts say for "np", too.
+NAMES_OF_NP: tuple[str | None, ...] = ("numpy", None)
+# L, LA, RGB and RGBA: the pictures that PIL has for 8-bit channels.
+PIL_CHANNELS = (1, 2, 3, 4)
 
 
 Images = TypeVar("Images", default=list[Image.Image] | np.ndarray | torch.Tensor)
@@ -65,7 +75,7 @@ class DDIMPipeline(PipelineMethods):
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         super().__init__()
-        self.register_modules(unet=adopt_unet(unet), scheduler=adopt_scheduler(scheduler))
+        self.register_modules(unet=adopt_unet(unet), scheduler=converted(scheduler))
 
     @overload
     def __call__(
@@ -104,7 +114,7 @@ class DDIMPipeline(PipelineMethods):
         num_inference_steps: int = ...,
         use_clipped_model_output: bool | None = ...,
         *,
-        output_type: Literal["np", "uint8"],
+        output_type: Literal["np", "numpy", "uint8"] | None,
         return_dict: Literal[True] = ...,
         **inputs: Unpack[Inputs],
     ) -> ImagePipelineOutput[np.ndarray]: ...
@@ -118,7 +128,7 @@ class DDIMPipeline(PipelineMethods):
         num_inference_steps: int = ...,
         use_clipped_model_output: bool | None = ...,
         *,
-        output_type: Literal["np", "uint8"],
+        output_type: Literal["np", "numpy", "uint8"] | None,
         return_dict: Literal[False],
         **inputs: Unpack[Inputs],
     ) -> tuple[np.ndarray]: ...
@@ -191,8 +201,9 @@ class DDIMPipeline(PipelineMethods):
             num_inference_steps: from 1 to the scheduler's `num_train_timesteps`.
             use_clipped_model_output: recompute the noise from the clipped prediction of x₀. None is as the scheduler's
                 config has it: no, but for models converted from guided-diffusion.
-            output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float (B, C, H, W) in [0, 1]),
-                "uint8" (array (B, H, W, C)) or "latent" (the raw sample, float32 (B, C, H, W), about [-1, 1]).
+            output_type: "pil" (for 1 to 4 channels), "np", "numpy" or None (float32 (B, H, W, C) in [0, 1]), "pt"
+                (float (B, C, H, W) in [0, 1]), "uint8" (array (B, H, W, C)) or "latent" (the raw sample, float32
+                (B, C, H, W), about [-1, 1]).
             return_dict: False returns the tuple `(images,)`.
             latents: start from this noise, floating point (B, C, H, W), instead of drawing it.
             seeds: one 64-bit seed an image: its starting noise and the noise of its steps then come from its seed
@@ -214,6 +225,8 @@ class DDIMPipeline(PipelineMethods):
             >>> images.shape, bool(0 <= images.min() and images.max() <= 1)
             ((2, 32, 32, 1), True)
         """
+        if output_type in NAMES_OF_NP:
+            output_type = "np"
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         request = make_request(
@@ -230,6 +243,11 @@ class DDIMPipeline(PipelineMethods):
             timesteps=timesteps,
             variance=variance,
         )
+        if output_type == "pil" and request.shape[1] not in PIL_CHANNELS:
+            raise ValueError(
+                f"output_type='pil' shows 1 to 4 channels, and the model's images have {request.shape[1]}; "
+                "pass output_type='np' or 'uint8'"
+            )
         sample = self._sample(request)
         images: list[Image.Image] | np.ndarray | torch.Tensor
         if output_type == "latent":
@@ -297,29 +315,54 @@ class DDIMPipeline(PipelineMethods):
     @torch.no_grad()
     def _sample(self, request: Request) -> torch.Tensor:
         """The final samples of `request`, float32 (B, C, H, W), by the scheduler's table or by its own step."""
-        # The schedule belongs to this call: nothing below reads what other threads share.
-        scheduler = copy.copy(self.scheduler)
-        set_schedule(scheduler, request)
-        # As diffusers leaves it.
-        vars(self.scheduler).update(vars(scheduler))
         try:
+            scheduler = self.scheduler
             if follows_its_table(scheduler):
-                table = scheduler.step_table(
-                    request.num_inference_steps,
-                    request.eta,
-                    request.timesteps,
-                    use_clipped_model_output=request.use_clipped_model_output,
-                    variance=request.variance,
-                )
-                with self.progress_bar(total=len(table)) as bar:
-                    return self.runner.run(request, table, bar.update)
+                return self._sample_by_table(request, scheduler)
             if request.variance is not None:
                 kind = type(scheduler).__name__
                 raise ValueError(f"variance={request.variance!r} needs a DDIMScheduler; a {kind} steps by itself")
-            with self.progress_bar(total=len(scheduler.timesteps)) as bar:
-                return self.runner.run_own_step(request, scheduler, bar.update)
+            log_once(logger, logging.INFO, f"sampler: {type(scheduler).__name__}'s own step, over the fast network")
+            with exclusive(scheduler):
+                set_schedule(scheduler, request)
+                with self._progress(scheduler.timesteps) as progress:
+                    return self.runner.run_own_step(request, scheduler, progress)
         finally:
             self.maybe_free_model_hooks()
+
+    def _sample_by_table(self, request: Request, shared: DDIMScheduler) -> torch.Tensor:
+        # The schedule belongs to this call: nothing below reads what other threads share.
+        scheduler = copy.copy(shared)
+        set_schedule(scheduler, request)
+        # As diffusers leaves it.
+        vars(shared).update(vars(scheduler))
+        table = scheduler.step_table(
+            request.num_inference_steps,
+            request.eta,
+            request.timesteps,
+            use_clipped_model_output=request.use_clipped_model_output,
+            variance=request.variance,
+        )
+        log_once(logger, logging.INFO, f"sampler: the step table of {type(scheduler).__name__}")
+        with self._progress(scheduler.timesteps) as progress:
+            return self.runner.run(request, table, progress)
+
+    @contextmanager
+    def _progress(self, timesteps: Any) -> Iterator[Callable[[int], None]]:
+        """`progress_bar` over the timesteps, as diffusers' loop calls it, since it may be the user's own."""
+        steps = iter(self.progress_bar(timesteps))
+        next(steps, None)
+
+        def advance(count: int) -> None:
+            for _ in range(count):
+                next(steps, None)
+
+        try:
+            yield advance
+        finally:
+            close = getattr(steps, "close", None)
+            if close is not None:
+                close()
 
 
 def truncated(sample: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import checkpoints
+from .adopted_scheduler import adopted
 from .config import Config
 from .engine import Engine, EngineName, EngineSettings
 from .offload import Offload, offload_device
 from .once import log_once
 from .pipeline_loading import load_missing, lookup_of
 from .placement import DeviceMap, Dtype
-from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
 
 logger = logging.getLogger(__name__)
@@ -60,22 +60,10 @@ def adopt_unet(unet: Any) -> UNet2DModel:
     return adopted.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
 
 
-def adopt_scheduler(scheduler: Any) -> DDIMScheduler:
-    """A fresh `DDIMScheduler` with the config of `scheduler` (ours, or any of diffusers')."""
-    config = getattr(scheduler, "config", None)
-    if config is None:
-        raise TypeError(
-            f"scheduler must have a .config (a DDIM, DDPM or PNDM scheduler), got {type(scheduler).__name__}; "
-            "build one with DDIMScheduler(...)"
-        )
-    return DDIMScheduler.from_config(config)
-
-
 class PipelineMethods:
     """Base of `DDIMPipeline`."""
 
     unet: UNet2DModel
-    scheduler: DDIMScheduler
 
     def __init__(self) -> None:
         self._settings = EngineSettings()
@@ -83,6 +71,7 @@ class PipelineMethods:
         self._progress_bar_config: dict[str, Any] = {}
         self._offload: Offload | None = None
         self._runner: Engine | None = None
+        self._scheduler: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and other processes pack and capture for themselves.
@@ -125,6 +114,25 @@ class PipelineMethods:
     # Parts
 
     @property
+    def scheduler(self) -> Any:
+        """What chooses the timesteps and updates the sample.
+
+        diffusers' DDIM, DDPM and PNDM schedulers become a `DDIMScheduler` with their config on assignment. Any other
+        scheduler (diffusers' Euler or DPM-Solver, a class with `set_timesteps` and `step`, a `DDIMScheduler` whose
+        methods are replaced) runs its own code over the fast network; the log says which sampler runs.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline, DDIMScheduler
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        """
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = adopted(scheduler)
+
+    @property
     def config(self) -> Config:
         """The pipeline's parts and where it was loaded from, as `model_index.json` has them."""
         return self._config
@@ -144,7 +152,7 @@ class PipelineMethods:
             if name not in ("unet", "scheduler"):
                 raise ValueError(f"a DDIMPipeline has the parts unet and scheduler, not {name!r}")
             setattr(self, name, module)
-            self.register_to_config(**{name: ("diffusers", type(module).__name__)})
+            self.register_to_config(**{name: ("diffusers", type(getattr(self, name)).__name__)})
 
     def register_to_config(self, **entries: Any) -> None:
         """Add to, or replace in, `config`."""

@@ -51,7 +51,9 @@ class DDIMScheduler(Configured):
         beta_schedule: "linear" (DDPM), "scaled_linear" (linear in sqrt(β)) or "squaredcos_cap_v2" (cosine,
             arXiv:2102.09672, which needs neither beta_start nor beta_end).
         trained_betas: own βs in place of a schedule; sampling reaches as many timesteps as there are.
-        clip_sample: clip the predicted x₀ to ±`clip_sample_range`.
+        clip_sample: clip the predicted x₀ to ±`clip_sample_range` at every step. The default is DDPM's, which needs it
+            (1,000 steps, eta 1) where a model overshoots. DDIM with many steps converges without it, and with it may
+            not, if many pixels lie at the ends of the range.
         set_alpha_to_one: ᾱ after the last step is 1; else it is ᾱ_0.
         steps_offset: added to the timesteps of the spacings that start at 0, "leading" and "quad".
         prediction_type: what the model predicts: "epsilon" (the noise), "sample" (x₀) or "v_prediction"
@@ -116,7 +118,9 @@ class DDIMScheduler(Configured):
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self.final_alpha_cumprod = (
+            torch.tensor(1.0, dtype=torch.float32) if set_alpha_to_one else self.alphas_cumprod[0]
+        )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
@@ -521,24 +525,28 @@ class DDIMScheduler(Configured):
         return prods**0.5, (1 - prods) ** 0.5
 
 
-# What a subclass, or an assignment to an object, may replace: then the updates are no longer those of `step_table`.
-UPDATE_METHODS = (
-    "set_timesteps",
-    "step",
-    "scale_model_input",
-    "_schedule",
-    "_previous_timestep",
-    "_alpha_prod",
-    "_get_variance",
-    "_threshold_sample",
-)
+# What a subclass, or an assignment to an object or a class, may replace: then the updates are no longer those of
+# `step_table`.
+UPDATE_METHODS = {
+    name: vars(DDIMScheduler)[name]
+    for name in (
+        "set_timesteps",
+        "step",
+        "scale_model_input",
+        "_schedule",
+        "_previous_timestep",
+        "_alpha_prod",
+        "_get_variance",
+        "_threshold_sample",
+    )
+}
 
 
 def follows_its_table(scheduler: Any) -> bool:
     """Whether the updates of `scheduler` are those of its `step_table`; else only its own `step` knows them."""
     return isinstance(scheduler, DDIMScheduler) and not any(
-        name in vars(scheduler) or getattr(type(scheduler), name) is not getattr(DDIMScheduler, name)
-        for name in UPDATE_METHODS
+        name in vars(scheduler) or getattr(type(scheduler), name) is not method
+        for name, method in UPDATE_METHODS.items()
     )
 
 

@@ -77,7 +77,7 @@ def philox_normal_reference(
     """The same noise in PyTorch, in passes of a cache's size; `step` may lie on the device, int64 ()."""
     images, count = shape[0], math.prod(shape[1:])
     quads = cdiv(count, 4)
-    out = torch.empty((images, quads, 4), device=seeds.device)
+    out = torch.empty((images, quads, 4), dtype=torch.float32, device=seeds.device)
     rows = max(1, _REFERENCE_QUADS // max(quads, 1))
     for image in range(0, images, rows):
         for quad in range(0, quads, _REFERENCE_QUADS):
@@ -191,7 +191,7 @@ def _launch_philox_normal(seeds: torch.Tensor, step: int, purpose: int, out: tor
 def _philox_normal(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose: int) -> torch.Tensor:
     if not use_triton(seeds):
         return philox_normal_reference(seeds, step, shape, purpose)
-    out = torch.empty(tuple(shape), device=seeds.device)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=seeds.device)
     if out.numel():
         _launch_philox_normal(seeds, step, purpose, out.view(shape[0], math.prod(shape[1:])))
     return out
@@ -199,7 +199,7 @@ def _philox_normal(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose
 
 @_philox_normal.register_fake
 def _(seeds: torch.Tensor, step: int, shape: Sequence[int], purpose: int) -> torch.Tensor:
-    return torch.empty(tuple(shape), device=seeds.device)
+    return torch.empty(tuple(shape), dtype=torch.float32, device=seeds.device)
 
 
 def check_seeds(seeds: torch.Tensor, images: int) -> None:

@@ -37,15 +37,34 @@ Forward = Callable[[Tensor, Any], Tensor]
 
 
 def set_schedule(scheduler: Scheduler, request: Request) -> None:
-    """Let `scheduler` choose its timesteps as the request says."""
+    """Let `scheduler` choose its timesteps as the request says.
+
+    Raises:
+        ValueError: the request has `timesteps`, and `set_timesteps` takes none.
+    """
     if request.timesteps is None:
         scheduler.set_timesteps(request.num_inference_steps)
+    elif not takes(scheduler.set_timesteps, "timesteps"):
+        raise ValueError(
+            f"timesteps={list(request.timesteps)[:3]}…: {type(scheduler).__name__}.set_timesteps takes none; pass "
+            "num_inference_steps, or use a DDIMScheduler"
+        )
     else:
         timesteps = request.timesteps
         if isinstance(timesteps, str):
             count = int(getattr(scheduler, "config", {}).get("num_train_timesteps", 1000))
             timesteps = tuple(respaced_timesteps(timesteps, count))
         scheduler.set_timesteps(timesteps=list(timesteps))
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether `function` has an argument `name`, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        # Python cannot look into some functions of compiled code.
+        return False
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def run_own_step(
@@ -57,6 +76,7 @@ def run_own_step(
         ValueError: `step` has no argument for something that the request asks for.
     """
     options = step_options(scheduler, request)
+    takes_noise = takes(scheduler.step, "variance_noise")
     seeds, sample = start(request, unet.dtype)
     labels = None if request.labels is None else upload(request.labels, request.device)
     if reads_variance(scheduler, unet):
@@ -68,35 +88,34 @@ def run_own_step(
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = sample if scale is None else scale(sample, timestep)
         output = forward(scaled.to(unet.dtype), timestep)
-        if seeds is not None and request.eta > 0:
+        if seeds is not None and request.eta > 0 and takes_noise:
             options["variance_noise"] = step_noise(seeds, index, request.shape)
-        sample = scheduler.step(output, timestep, sample, **options).prev_sample
+        result = scheduler.step(output, timestep, sample, **options)
+        sample = result[0] if isinstance(result, tuple) else result.prev_sample
         progress(1)
     return sample.float()
 
 
 def step_options(scheduler: Scheduler, request: Request) -> dict[str, Any]:
     """The arguments of `step` that the request decides, of those that it takes."""
-    parameters = inspect.signature(scheduler.step).parameters
-    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     clipped = request.use_clipped_model_output
     if clipped is None:
         clipped = bool(getattr(scheduler, "config", {}).get("use_clipped_model_output", False))
-    wanted = {
-        "eta": request.eta,
-        "use_clipped_model_output": clipped,
-        "generator": request.generator,
-    }
+    wanted = {"eta": request.eta, "use_clipped_model_output": clipped, "generator": request.generator}
     needed = {name for name, value in wanted.items() if value and name != "generator"}
-    if request.seeds is not None and request.eta > 0:
-        needed.add("variance_noise")
-    missing = [] if takes_all else sorted(needed - parameters.keys())
+    if request.seeds is not None and takes(scheduler.step, "variance_noise"):
+        # The loop passes the noise itself.
+        del wanted["generator"]
+    elif request.seeds is not None:
+        # An image is its seed here too, in every batch and on every device.
+        wanted["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds.tolist()]
+    missing = sorted(name for name in needed if not takes(scheduler.step, name))
     if missing:
         raise ValueError(
             f"{type(scheduler).__name__}.step takes no {' and no '.join(missing)}, which this call asks for; "
             "leave it out, or use a DDIMScheduler"
         )
-    return {name: value for name, value in wanted.items() if takes_all or name in parameters}
+    return {name: value for name, value in wanted.items() if takes(scheduler.step, name)}
 
 
 def reads_variance(scheduler: Scheduler, unet: Any) -> bool:
