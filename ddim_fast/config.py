@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 import os
 import sys
@@ -13,16 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, overload
 
+from . import checkpoints
+from .checkpoints.config_text import stored_entries, to_json
+from .entries import init_arguments
 from .once import log_once
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="Configured")
 
-# The release of diffusers whose file formats these are.
-FORMAT_VERSION = "0.30.0"
-# How an object came about, which a file does not say.
-NOT_STORED = ("_name_or_path", "_use_default_values", "_pre_quantization_dtype", "_ignore_files")
 # The entries that nobody chose: they give way to the defaults of another class.
 DEFAULTS = "_use_default_values"
 
@@ -82,38 +80,6 @@ def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
 
     return configured_init
-
-
-def init_arguments(kind: type) -> list[str]:
-    """What a `kind` is built from: the arguments of `__init__`, and of the bases to which it hands `**kwargs`."""
-    names: list[str] = []
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(dict.fromkeys(names))
-
-
-def stored_entries(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
-    """What a file says of an object with `config`."""
-    entries = {name: value for name, value in config.items() if name not in NOT_STORED}
-    return {"_diffusers_version": FORMAT_VERSION, **entries, "_class_name": class_name}
-
-
-def to_json(entries: Mapping[str, Any]) -> str:
-    """`entries` as the text of a config file; raises `TypeError`, naming the value, for what JSON has no form for."""
-    return json.dumps(entries, indent=2, sort_keys=True, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise TypeError(f"an entry is a {type(value).__name__} ({value!r}), which JSON has no form for")
 
 
 class Configured:
@@ -231,9 +197,7 @@ class Configured:
         The options are those of `ddim_fast.checkpoints.Lookup`. With `return_unused_kwargs`, the result is the config
         and a dict of the options that are none.
         """
-        from .checkpoints import read_config
-
-        config, unused = read_config(cls.config_name, pretrained_model_name_or_path, options)
+        config, unused = checkpoints.read_config(cls.config_name, pretrained_model_name_or_path, options)
         if unused and not return_unused_kwargs:
             raise TypeError(f"load_config got unknown options {', '.join(sorted(unused))}")
         return (config, unused) if return_unused_kwargs else config
@@ -246,8 +210,6 @@ class Configured:
 
         Raises `NotADirectoryError` if `save_directory` is a file, `TypeError` for unknown options.
         """
-        from . import checkpoints
-
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(sorted(options))}: for push_to_hub=True only, which is not given")
         class_name = type(self).__name__

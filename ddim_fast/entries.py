@@ -1,7 +1,8 @@
-"""Checks of config entries: right kinds of values, of sizes that something can be built from in a moment."""
+"""Config entries: which ones a class is built from, and checks of their kinds and sizes before anything is built."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -62,3 +63,16 @@ def is_whole_of_many_digits(value: Any) -> bool:
 
 def _or_none(optional: bool) -> str:
     return " or None" if optional else ""
+
+
+def init_arguments(kind: type) -> list[str]:
+    """What a `kind` is built from: the arguments of `__init__`, and of the bases to which it hands `**kwargs`."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(names))

@@ -21,11 +21,19 @@ except ImportError:
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
+class HeldError(BlockingIOError):
+    """Somebody else holds the lock: `owner` says who, if that is known."""
+
+    def __init__(self, path: str, owner: str) -> None:
+        super().__init__(errno.EAGAIN, f"{owner or 'another process'} holds it", path)
+        self.owner = owner
+
+
 @contextmanager
 def locked(path: Path | str, *, wait: bool) -> Iterator[bool]:
     """Hold the file `path` locked, created for it and removed afterwards. Yields False where there are no locks.
 
-    Raises `BlockingIOError`, whose text says who holds it, if another does and `wait` is False.
+    Raises `HeldError` if somebody else holds it and `wait` is False.
     """
     with (_locked_by_library if fcntl is None else _locked_by_kernel)(os.fspath(path), wait) as is_locked:
         yield is_locked
@@ -47,7 +55,7 @@ def _locked_by_kernel(path: str, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
-            raise BlockingIOError(errno.EAGAIN, f"{owner or 'another process'} holds it", path) from None
+            raise HeldError(path, owner) from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 is_locked = False
@@ -74,8 +82,12 @@ def _locked_by_kernel(path: str, wait: bool) -> Iterator[bool]:
 def _locked_by_library(path: str, wait: bool) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
+    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
-        with FileLock(path, timeout=-1 if wait else 0):
-            yield True
+        lock.acquire()
     except Timeout:
-        raise BlockingIOError(errno.EAGAIN, "another process holds it", path) from None
+        raise HeldError(path, "") from None
+    try:
+        yield True
+    finally:
+        lock.release()

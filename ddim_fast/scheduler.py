@@ -20,7 +20,8 @@ import torch
 from .checkpoints import Lookup, StoredScheduler, Training, push_to_hub, read_scheduler
 from .checkpoints.lookup import check_entries
 from .checkpoints.options import drop_without_effect, take_token
-from .config import Configured, init_arguments, register_to_config
+from .config import Configured, register_to_config
+from .entries import init_arguments
 from .noise import randn_tensor
 from .once import log_once
 from .outputs import Output

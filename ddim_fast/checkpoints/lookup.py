@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import init_arguments
+from ..entries import init_arguments
 from .layout import check_subfolder, check_variant
 from .training import Training
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FORMAT_VERSION, stored_entries, to_json
 from .atomic import replace_together
 from .card import loads_in_diffusers
+from .config_text import FORMAT_VERSION, stored_entries, to_json
 from .layout import PIPELINE_INDEX, SCHEDULER_CONFIG, STEM, UNET_CLASSES, UNET_CONFIG, check_variant
 
 logger = logging.getLogger(__name__)

@@ -188,7 +188,7 @@ def test_starts_at_one_moment_leave_one_at_work(tmp_path, shards):
 
 
 def test_jobs_lock_where_the_system_has_no_flock(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddim_fast.generation.lock.fcntl", None)
+    monkeypatch.setattr("ddim_fast.file_lock.fcntl", None)
 
     class Disturbed(FakePipeline):
         def sample_uint8(self, **arguments):
