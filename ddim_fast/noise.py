@@ -6,7 +6,7 @@ An image made from a seed is its seed: the same values on every device, in every
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -46,6 +46,28 @@ def randn_tensor(
             f"generator is a list of {len(generator)}, but the batch has {shape[0]} images; pass one an image"
         )
     return torch.cat([_draw((1, *shape[1:]), one, device, dtype) for one in generator])
+
+
+def remember_generators(
+    generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> Callable[[], None]:
+    """Set the generators that a call on `device` draws from (None: PyTorch's global ones) back to where they are now.
+
+    The result does so when it is called; nothing here waits for the device.
+    """
+    if generator is None:
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+    else:
+        generators = generator if isinstance(generator, list) else [generator]
+    states = [each.get_state() for each in generators]
+
+    def restore() -> None:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
+
+    return restore
 
 
 def _draw(

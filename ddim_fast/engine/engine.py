@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..noise import remember_generators
 from ..offload import Offload
 from ..once import log_once
 from ..request import Request
 from ..step_table import StepTable
 from .settings import EngineSettings
-from .snapshot import Snapshot, look_at_all, take
+from .snapshot import Snapshot, take
+from .stock import Tree, look
 
 if TYPE_CHECKING:
     from ..unet import UNet2DModel
@@ -69,6 +71,7 @@ class Engine:
         # What the check of itself found: passed verdicts by what they depend on, and the reasons of failed ones.
         self.verdicts: dict[str, Verdict] = {}
         self._refused: dict[tuple[str, torch.dtype], str] = {}
+        self._tree: Tree | None = None
 
     @property
     def packed(self) -> PackedUNet | None:
@@ -90,18 +93,37 @@ class Engine:
         with self.lock:
             self._snapshot = None
 
-    def snapshot(self) -> Snapshot:
-        """What was made of the weights and settings as they are now; a fresh one if they have changed."""
-        settings = (self.settings.exact, self.unet.training)
+    def snapshot(self, wait: bool = True) -> Snapshot:
+        """What was made of the weights and settings as they are now; a fresh one if they have changed.
+
+        Without `wait` nobody has looked at what the weights on CUDA hold.
+        """
         with self.lock:
-            if self._snapshot is None or not self._snapshot.is_true(self.unet, settings):
-                self._snapshot = take(self.unet, settings)
-            return self._snapshot
+            kept, tree, exact = self._snapshot, self.tree(), self.settings.exact
+            if kept is None or not kept.is_true(tree, exact) or self._edited(kept, wait):
+                self._snapshot = kept = take(tree, exact)
+            return kept
+
+    def tree(self) -> Tree:
+        """The modules of the network as they are now, and what in them is not as the fused engine knows it."""
+        own_hooks = frozenset() if self.offload is None else frozenset(self.offload.hook_ids)
+        with self.lock:
+            if self._tree is None or self._tree.own_hooks != own_hooks or not self._tree.is_still():
+                self._tree = look(self.unet, own_hooks)
+            return self._tree
+
+    def _edited(self, snapshot: Snapshot, wait: bool) -> bool:
+        """Whether the weights hold something else than when `snapshot` was made of them."""
+        contents = snapshot.contents
+        if contents is None or self.settings.fixed_weights:
+            return False
+        if contents.changed_on_host():
+            return True
+        verdict = contents.look_on_cards() if wait else None
+        return verdict is not None and verdict()
 
     def choose(self, device: torch.device | None = None) -> tuple[str, str]:
         """Who would run the steps on `device` (by default the weights'): "plain", "fused" or "graph", and why."""
-        from .pack import altered
-
         device, wanted, offload = device or self.device, self.settings.engine, self.offload
         if wanted == "plain":
             return "plain", "pipe.engine is 'plain'"
@@ -109,9 +131,9 @@ class Engine:
             return "plain", "sequential offloading moves the weights of one layer at a time"
         if device.type not in ("cpu", "cuda"):
             return "plain", f"the fused engine runs on cuda and cpu, not on {device.type}"
-        changed = altered(self.unet, () if offload is None else offload.hook_ids)
-        if changed is not None:
-            return "plain", changed
+        foreign = self.tree().foreign
+        if foreign is not None:
+            return "plain", foreign
         unknown = self._unfusable(device)
         wants_graph = wanted == "graph" or (wanted == "auto" and device.type == "cuda")
         if wants_graph and device.type == "cuda" and offload is None:
@@ -129,7 +151,12 @@ class Engine:
         from ..kernels.probe import unusable
         from .pack import unsupported
 
-        return unsupported(self.unet) or unusable(device) or self._refused.get((str(device), self.unet.dtype))
+        return (
+            self.tree().departure
+            or unsupported(self.unet)
+            or unusable(device)
+            or self._refused.get((str(device), self.unet.dtype))
+        )
 
     # Buffers and packed weights outlive the call: were they inference tensors, calls outside that mode could not use
     # them, nor could training.
@@ -193,15 +220,50 @@ class Engine:
         if self.settings.compile_options is not None:
             from .compiled import faster_module
 
-            forward = faster_module(self, self.snapshot(), request, table)
+            snapshot = self.snapshot()
+            if snapshot.contents is None:
+                # What torch.compile makes may hold weights as constants.
+                snapshot.remember()
+            forward = faster_module(self, snapshot, request, table)
         return run_plain(self.unet, request, table, progress, forward)
 
     def _run_fast(self, request: Request, table: StepTable, in_graphs: bool, progress: Progress) -> Tensor:
-        """All steps with packed weights, or with the modules of a model that has none; in graphs where they can be."""
+        """All steps with packed weights, or with the modules of a model that has none; in graphs where they can be.
+
+        The host does not wait for a look at the weights on CUDA: should they turn out to have been edited unseen by
+        the counters, the steps run again, from the same noise.
+        """
+        self.unet.check_sample(torch.empty(request.shape, device="meta"))
+        snapshot, packed = self._packed(request.device, wait=False)
+        verdict = None
+        if snapshot.contents is not None and not self.settings.fixed_weights:
+            verdict = snapshot.contents.look_on_cards()
+        if verdict is None:
+            return self._run_packed(snapshot, packed, request, table, in_graphs, progress)
+        restore = remember_generators(request.generator, request.device)
+        sample = self._run_packed(snapshot, packed, request, table, in_graphs, progress)
+        if verdict():
+            logger.debug("the weights were edited unseen by PyTorch's counters; the steps run again")
+            restore()
+            with self.lock:
+                if self._snapshot is snapshot:
+                    self._snapshot = None
+            snapshot, packed = self._packed(request.device, wait=False)
+            sample = self._run_packed(snapshot, packed, request, table, in_graphs, ignore_progress)
+        return sample
+
+    def _run_packed(
+        self,
+        snapshot: Snapshot,
+        packed: PackedUNet | None,
+        request: Request,
+        table: StepTable,
+        in_graphs: bool,
+        progress: Progress,
+    ) -> Tensor:
+        """All steps with what `snapshot` holds, true or not."""
         from .loop import initial_state, make_run, predict_fused, predict_plain, run_eagerly, update_by_kernel
 
-        self.unet.check_sample(torch.empty(request.shape, device="meta"))
-        snapshot, packed = self._packed(request.device)
         run = make_run(self.unet, packed, request, table)
         predict = predict_plain(self.unet) if packed is None else predict_fused(packed)
         if packed is not None and self._refuses(run, predict):
@@ -270,18 +332,18 @@ class Engine:
                 log_once(logger, logging.WARNING, f"the steps run one by one, a graph cannot hold them: {error}")
                 return None
 
-    def _packed(self, device: torch.device) -> tuple[Snapshot, PackedUNet | None]:
-        """A true snapshot, and its packed weights; None for a model that stays plain."""
+    def _packed(self, device: torch.device, wait: bool = True) -> tuple[Snapshot, PackedUNet | None]:
+        """A snapshot, true as `snapshot(wait)` has it, and its packed weights; None for a model that stays plain."""
         from .pack import pack
 
         with self.lock:
-            snapshot = self.snapshot()
+            snapshot = self.snapshot(wait)
             if snapshot.packed is None and self._unfusable(device) is None:
                 if self.offload is not None:
                     self.offload.fetch()
                 snapshot.packed = pack(self.unet, self.settings.exact)
                 # Packing may move weights to another layout, so they are looked at again.
-                snapshot.weights = look_at_all(self.unet)
+                snapshot.remember()
             return snapshot, snapshot.packed
 
     def packed_unet(self, device: torch.device | None = None) -> PackedUNet | None:

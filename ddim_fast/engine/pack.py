@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +18,6 @@ if TYPE_CHECKING:
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 MID_BLOCKS = ("UNetMidBlock2D",)
-# Activations are SiLU, and only the resampling of a ResnetDownsampleBlock2D pools.
-MODULES = (
-    nn.AvgPool2d,
-    nn.Conv2d,
-    nn.Dropout,
-    nn.Embedding,
-    nn.GroupNorm,
-    nn.Identity,
-    nn.Linear,
-    nn.ModuleList,
-    nn.SiLU,
-)
-
-
 # The weights of a product: as they are where a kernel of ours follows, else packed for the CPU.
 Matrix = Tensor | PackedLinear
 
@@ -107,25 +92,8 @@ class PackedUNet:
     device: torch.device
 
 
-def altered(unet: UNet2DModel, own_hooks: Collection[int] = ()) -> str | None:
-    """What in `unet` computes by Python of somebody else's (an adapter's layer, a hook, a patched `forward`).
-
-    Packed weights and graphs would pass it by, so such a model runs plain. None if there is nothing; `own_hooks` are
-    the ids of hooks that may stay.
-    """
-    for name, module in unet.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if not type(module).forward.__module__.startswith(("torch.nn.modules.", "ddim_fast.unet.")):
-            return f"{where} is not one of the model's own modules, and only the plain engine calls it"
-        if "forward" in vars(module):
-            return f"the forward of {where} is patched, and only the plain engine calls it"
-        if (module._forward_hooks.keys() | module._forward_pre_hooks.keys()) - set(own_hooks):
-            return f"{where} has forward hooks, and only the plain engine calls them"
-    return None
-
-
 def unsupported(unet: UNet2DModel) -> str | None:
-    """Why the fused engine cannot run `unet`, naming the block or entry; None if it can."""
+    """Why the fused engine cannot run `unet`, which is as its config has it; None if it can."""
     config = unet.config
     for blocks, known in (
         (unet.down_blocks, DOWN_BLOCKS),
@@ -139,11 +107,6 @@ def unsupported(unet: UNet2DModel) -> str | None:
         return f"the fused engine knows the activation silu, not {config.act_fn}"
     if config.time_embedding_type == "fourier":
         return "the fused engine does not know fourier time embeddings, which scale the output"
-    if unet.training and config.dropout > 0:
-        return "the model is in training mode with dropout; call unet.eval()"
-    for name, module in unet.named_modules():
-        if not type(module).__module__.startswith("ddim_fast.unet.") and type(module) not in MODULES:
-            return f"the fused engine does not know the module {name} ({type(module).__name__})"
     return None
 
 

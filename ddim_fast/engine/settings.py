@@ -13,7 +13,8 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 class EngineSettings:
     """`engine`: who runs the steps. `exact`: keep the CPU's convolutions to the direct algorithm.
 
-    `compile_options`: what `torch.compile` is given, None where it stays out.
+    `compile_options`: what `torch.compile` is given, None where it stays out. `fixed_weights`: nobody edits the
+    weights between calls, so that calls need not look at what they hold.
 
     Raises:
         ValueError, TypeError: a value is not one of the choices, which the message lists.
@@ -22,6 +23,7 @@ class EngineSettings:
     engine: EngineName = "auto"
     exact: bool = False
     compile_options: dict[str, Any] | None = None
+    fixed_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:

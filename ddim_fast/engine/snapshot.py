@@ -1,85 +1,68 @@
-"""What an engine keeps between calls, and of which weights and settings it was made."""
+"""What an engine keeps between calls, and of which weights, modules and settings it was made."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from .contents import Contents
+from .stock import Tree
 
 if TYPE_CHECKING:
-    from ..unet import UNet2DModel
     from .graph import GraphCache
     from .pack import PackedUNet
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A weight as it was. The weak reference to its storage keeps that address from going to another one."""
-
-    tensor: weakref.ref[Tensor]
-    storage: StorageWeakRef
-    dtype: Any
-    stride: tuple[int, ...]
-    version: int
-
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this weight, and nobody replaced, moved, converted or edited it."""
-        return (
-            self.tensor() is tensor
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-            and (self.dtype, self.stride, self.version) == (tensor.dtype, tensor.stride(), version(tensor))
-        )
 
 
 @dataclass
 class Snapshot:
     """The packed weights, the graphs, and for each shape that came under `pipe.compile()` the faster forward.
 
-    `settings`: whether convolutions are exact, and the network trains. `not_capturable`: why no graph can hold the
+    `tree`: the modules it was made of. `exact`: whether convolutions are exact. `traits`: how the weights lay in
+    memory, and `contents`: what they held when something was made of them. `not_capturable`: why no graph can hold the
     loop.
     """
 
-    settings: tuple[bool, bool]
-    weights: list[Seen]
+    tree: Tree
+    exact: bool
+    traits: list[tuple[Any, ...]]
+    contents: Contents | None = None
     packed: PackedUNet | None = None
     graphs: GraphCache | None = None
     not_capturable: str | None = None
     forwards: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def is_true(self, unet: UNet2DModel, settings: tuple[bool, bool]) -> bool:
-        """Whether it is still of `unet` as it is now, and of `settings`."""
-        pairs = zip_longest(self.weights, weights_of(unet))
-        return self.settings == settings and all(
-            seen is not None and tensor is not None and seen.is_still(tensor) for seen, tensor in pairs
-        )
+    def remember(self) -> None:
+        """What was made was made of the weights as they are now."""
+        self.traits = traits(self.tree.tensors)
+        self.contents = Contents(self.tree.tensors)
+
+    def is_true(self, tree: Tree, exact: bool) -> bool:
+        """Whether it is of `tree`, and of its weights as they lie now; what these hold is not looked at."""
+        return self.tree is tree and self.exact == exact and self.traits == traits(tree.tensors)
 
 
-def take(unet: UNet2DModel, settings: tuple[bool, bool]) -> Snapshot:
-    """A snapshot of `unet` with nothing made of it yet."""
-    return Snapshot(settings, look_at_all(unet))
+def take(tree: Tree, exact: bool) -> Snapshot:
+    """A snapshot of the modules of `tree` with nothing made of them yet."""
+    return Snapshot(tree, exact, traits(tree.tensors))
 
 
-def weights_of(unet: UNet2DModel) -> Iterator[Tensor]:
-    """All parameters and buffers: packed, or read by a captured graph."""
-    return chain(unet.parameters(), unet.buffers())
+def traits(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Where tensors lie, how, and how often they were edited in place, as far as PyTorch counts that.
 
-
-def look_at_all(unet: UNet2DModel) -> list[Seen]:
-    """All weights of `unet` as they are now."""
-    return [look_at(tensor) for tensor in weights_of(unet)]
-
-
-def look_at(tensor: Tensor) -> Seen:
-    """`tensor` as it is now."""
-    storage = StorageWeakRef(tensor.untyped_storage())
-    return Seen(weakref.ref(tensor), storage, tensor.dtype, tensor.stride(), version(tensor))
+    What is made of a weight shares its memory or has a digest of it: the same address means the same memory, or
+    memory whose contents are looked at.
+    """
+    try:
+        return [(each.data_ptr(), each._version, each.dtype, each.shape, each.stride()) for each in tensors]
+    # Tensors of inference mode have no counter, and fake ones no address.
+    except RuntimeError:
+        return [
+            (each.untyped_storage()._cdata, version(each), each.dtype, each.shape, each.stride()) for each in tensors
+        ]
 
 
 def version(tensor: Tensor) -> int:
-    """How often `tensor` was edited in place, as far as PyTorch counts it."""
+    """How often `tensor` was edited in place; 0 where PyTorch does not count it."""
     return 0 if tensor.is_inference() else tensor._version

@@ -9,7 +9,6 @@ import torch
 
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim_fast.engine.loop import initial_state, make_run, predict_plain, run_eagerly, update_by_kernel
-from ddim_fast.engine.snapshot import look_at
 from ddim_fast.once import log_once
 from ddim_fast.request import make_request
 
@@ -104,16 +103,6 @@ def test_changed_weights_change_the_pictures():
     pipe.engine = "fused"
     pipe.unet.load_state_dict(other.unet.state_dict())
     torch.testing.assert_close(draw(pipe), draw(other), atol=1e-6, rtol=1e-6)
-
-
-def test_weights_edited_behind_the_counters_are_packed_by_repack():
-    pipe = make()
-    draw(pipe)
-    pipe.unet.conv_out.bias.data.fill_(0.3)
-    pipe.repack()
-    fused = draw(pipe)
-    pipe.engine = "plain"
-    torch.testing.assert_close(fused, draw(pipe), atol=1e-4, rtol=1e-4)
 
 
 def test_exact_turns_the_fast_convolutions_off():
@@ -226,7 +215,7 @@ ALTERATIONS = {
     "mid_block (UNetMidBlock2D) has forward hooks": lambda unet: unet.mid_block.register_forward_hook(
         lambda module, inputs, output: 2 * output
     ),
-    "does not know the module down_blocks.0.resnets.0.nonlinearity (GELU)": lambda unet: setattr(
+    "down_blocks.0.resnets.0.nonlinearity (GELU) stands where the config has a SiLU": lambda unet: setattr(
         unet.down_blocks[0].resnets[0], "nonlinearity", torch.nn.GELU()
     ),
 }
@@ -254,16 +243,6 @@ def test_two_pipelines_on_one_model_see_each_other_s_edits():
         one.unet.mid_block.attentions[0].to_v.weight.mul_(2)
     torch.testing.assert_close(draw(one), draw(two))
     assert two.runner.packed is not one.runner.packed
-
-
-def test_a_replaced_weight_cannot_pass_for_the_old_one():
-    """The address of freed memory is given out again; a weight that was packed keeps its own."""
-    weight = torch.nn.Parameter(torch.zeros(3))
-    seen = look_at(weight)
-    assert seen.is_still(weight)
-    del weight
-    others = (torch.nn.Parameter(torch.zeros(3)) for _ in range(100))
-    assert not any(seen.storage.cdata == other.untyped_storage()._cdata or seen.is_still(other) for other in others)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ UNUSED static void share(const struct team *team, part_fn run, const void *argum
 
 /* The inner functions of one instruction set; `variant.h` fills it in. */
 struct variant {
-    part_fn direct_few, direct_row, norm_span, norm_statistics, norm_finish, norm_apply, product;
+    part_fn digest, direct_few, direct_row, norm_span, norm_statistics, norm_finish, norm_apply, product;
     part_fn transform, convolve, convolve_per_thread;
 };
 extern const struct variant ddim_fast_plain;

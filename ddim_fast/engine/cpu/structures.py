@@ -33,6 +33,10 @@ class Product(ctypes.Structure):
     ]
 
 
+class Digest(ctypes.Structure):
+    _fields_ = [("pieces", ctypes.c_void_p), ("digests", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
 class Team(ctypes.Structure):
     _fields_ = [("parallel", ctypes.c_void_p), ("number", ctypes.c_void_p), ("threads", ctypes.c_int64)]
 
@@ -49,4 +53,10 @@ class Norm(ctypes.Structure):
 
 
 # By the names under which the library tells their sizes.
-STRUCTURES: dict[str, type[ctypes.Structure]] = {"conv": Conv, "direct": Direct, "norm": Norm, "product": Product}
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "conv": Conv,
+    "digest": Digest,
+    "direct": Direct,
+    "norm": Norm,
+    "product": Product,
+}

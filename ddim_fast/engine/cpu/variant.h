@@ -7,12 +7,14 @@
 #include "lanes.h"
 #include "multiply.h"
 
+#include "digest.c"
 #include "direct.c"
 #include "norm.c"
 #include "product.c"
 #include "winograd.c"
 
 const struct variant VARIANT = {
+    .digest = digest,
     .direct_few = direct_few,
     .direct_row = direct_row,
     .norm_span = norm_span,
