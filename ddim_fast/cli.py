@@ -66,7 +66,7 @@ def group(verbose: int) -> None:
     show_default=True,
     help="auto is float32.",
 )
-@model_options
+@model_options()
 def info(model: str | None, device: str, dtype: str, **values: Any) -> None:
     """Versions, compilers and devices; with MODEL also its size, which engine would run, and why.
 

@@ -38,8 +38,15 @@ TRAINING = ("config", "flags", "repository", "size", "out_channels", "null_label
 LOOKUP = ("subfolder", "variant")
 
 
-def model_options(command: F) -> F:
-    """Add --config, --flags, --size and the others to a command; `loading_options` reads them."""
+def model_options(scheduler: bool = True) -> Callable[[F], F]:
+    """Add --config, --flags, --size and the others to a command; `loading_options` reads them.
+
+    Without `scheduler` the entries of its config, and what a conversion alone decides, have no options.
+    """
+    conversion = [
+        click.option("--out-channels", type=int, help="Channels to keep of a model that learned its variance."),
+        click.option("--null-label", type=int, help="The label that stands for no class, for guidance."),
+    ]
     options = [
         click.option(
             "--config",
@@ -57,23 +64,27 @@ def model_options(command: F) -> F:
             help="Whose flags those are, where they mean two models.",
         ),
         click.option("--size", type=int, help="Height and width of the images, in place of what config or flags say."),
-        click.option("--out-channels", type=int, help="Channels to keep of a model that learned its variance."),
-        click.option("--null-label", type=int, help="The label that stands for no class, for guidance."),
         click.option("--subfolder", help="The model is in this folder inside, such as unet_ema."),
         click.option("--variant", help="Take the weights of this variant, such as fp16."),
     ]
-    for name, kind in SCHEDULER_ENTRIES.items():
-        dashed = name.replace("_", "-")
-        flag = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
-        options.append(click.option(flag, name, type=kind, default=None, help=f"The scheduler's {name}."))
-    for option in reversed(options):
-        command = option(command)
-    return command
+    if scheduler:
+        options += conversion
+        for name, kind in SCHEDULER_ENTRIES.items():
+            dashed = name.replace("_", "-")
+            flag = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
+            options.append(click.option(flag, name, type=kind, default=None, help=f"The scheduler's {name}."))
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def loading_options(values: dict[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` is told by the options of `model_options`, taken out of `values`."""
-    said = {name: values.pop(name) for name in (*TRAINING, *LOOKUP, *SCHEDULER_ENTRIES)}
+    said = {name: values.pop(name, None) for name in (*TRAINING, *LOOKUP, *SCHEDULER_ENTRIES)}
     told = {name: value for name, value in said.items() if value is not None}
     if "trained_betas" in told:
         try:
@@ -85,9 +96,9 @@ def loading_options(values: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def in_options(text: str) -> str:
-    """An error of Python's arguments in the words of the command line: `size=` is `--size`."""
-    names = "|".join((*TRAINING, *LOOKUP, *SCHEDULER_ENTRIES))
+def in_options(text: str, scheduler: bool = True) -> str:
+    """An error of Python's arguments in the words of a command with `model_options`: `size=` is `--size`."""
+    names = "|".join((*TRAINING, *LOOKUP, *(SCHEDULER_ENTRIES if scheduler else ())))
     spelt = re.sub(rf"(?<![\w-])({names})=(?=\S)", lambda m: f"--{m[1].replace('_', '-')} ", text)
     return re.sub(rf"(?<![\w-])({names})=", lambda m: f"--{m[1].replace('_', '-')}", spelt)
 
@@ -115,7 +126,7 @@ def recognized_lines(recognized: Recognized) -> list[tuple[str, str]]:
 @click.command("convert")
 @click.argument("weights")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write: new, or empty.")
-@model_options
+@model_options()
 def convert_command(weights: str, out: Path, **values: Any) -> None:
     """Write WEIGHTS as a folder that DDIMPipeline.from_pretrained, here and in diffusers, loads.
 

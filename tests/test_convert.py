@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ddim_fast
 from ddim_fast import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim_fast.cli import main
 from ddim_fast.convert import SCHEDULER_ENTRIES, in_options
@@ -187,3 +188,17 @@ def test_from_pretrained_takes_the_same_arguments(ema_file):
     assert DDIMScheduler.from_pretrained(ema_file, flags=ADM_FLAGS, beta_end=0.5).config.beta_end == 0.5
     with pytest.raises(ValueError, match=r"config='cifar10' says nothing about .*; give flags="):
         DDIMPipeline.from_pretrained(ema_file, config="cifar10")
+
+
+def test_generate_takes_the_same_words_and_no_folder(ema_file, training_run, tmp_path, run):
+    said = ("--seeds", "0-1", "--steps", 2, "--format", "npz")
+    code, _, error = run("generate", ema_file, "--flags", ADM_FLAGS, *said, "--out", tmp_path / "a")
+    assert code == 0, error
+    code, _, error = run(
+        "generate", training_run[0], "--subfolder", "checkpoint-500/unet_ema", *said, "--out", tmp_path / "b"
+    )
+    assert code == 0, error
+    code, _, error = run("generate", ema_file, *said, "--out", tmp_path / "c")
+    assert code == 2 and "--flags " in error and "flags=" not in error
+    with pytest.raises(ValueError, match="does not reach the workers of ray='local'; write a folder"):
+        ddim_fast.generate(ema_file, "0-1", tmp_path / "d", loading={"flags": ADM_FLAGS}, ray="local")

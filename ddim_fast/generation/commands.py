@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..convert import in_options, loading_options, model_options
 from .formats import FORMATS
 from .spoken import spoken
 
@@ -72,6 +73,7 @@ class Terminated(BaseException):
     show_default=True,
     help="One file per image, one array (samples.npz), or one tar or parquet file per chunk.",
 )
+@model_options(scheduler=False)
 @click.option("--subdirs", is_flag=True, help="Put PNGs into folders of 1,000.")
 @click.option("--truncate", is_flag=True, help="Cut pixel values off instead of rounding, as guided-diffusion does.")
 @click.option(
@@ -93,24 +95,25 @@ class Terminated(BaseException):
 @click.option("--log-json", is_flag=True, help="Progress and report as JSON lines on stdout.")
 @click.pass_context
 def generate_command(ctx: click.Context, model: str, **options: Any) -> None:
-    """Sample one image per seed from MODEL: a Hub name, a local folder, or ddim-fast/digits."""
+    """Sample one image per seed from MODEL: a Hub name, a local folder, a checkpoint file, or ddim-fast/digits."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from .errors import JobError
 
     log_json = options.pop("log_json")
     try:
+        loading = loading_options(options)
         asked = _asked(options)
         from .run import run_job
         from .settings import JobSettings, shard_of
 
-        settings = JobSettings(model, log=sys.stdout if log_json else None, **asked)
+        settings = JobSettings(model, loading=loading or None, log=sys.stdout if log_json else None, **asked)
         index, count, source = shard_of(settings)
         if source and not log_json:
             click.echo(f"shard {index}/{count}, from {source}", err=True)
         with _stopping_on_sigterm():
             report = run_job(settings)
     except (ValueError, TypeError) as error:
-        _fail(ctx, 2, str(error))
+        _fail(ctx, 2, in_options(str(error), scheduler=False))
     except JobError as error:
         _fail(ctx, 1, str(error))
     except KeyboardInterrupt:

@@ -71,13 +71,16 @@ def load_pipeline(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     engine: str | None,
+    loading: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """`pipe` itself, moved if asked to, or the pipeline of that name, loaded where this process should run."""
     torch_dtype: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(pipe, str | os.PathLike):
         name = pipe
         try:
-            pipe = DDIMPipeline.from_pretrained(name, torch_dtype=torch_dtype, device=device or local_device())
+            pipe = DDIMPipeline.from_pretrained(
+                name, torch_dtype=torch_dtype, device=device or local_device(), **(loading or {})
+            )
         except OSError as error:
             raise ValueError(f"cannot load the model {os.fspath(name)!r}: {error}") from error
         pipe.set_progress_bar_config(disable=True)

@@ -72,7 +72,7 @@ def _run(settings: JobSettings, seeds: Seeds, store: Store, index: int, count: i
             cluster = Cluster(settings)
             pipe, choose = cluster.load(), cluster.choose_batch_size
         else:
-            pipe = load_pipeline(settings.pipe, settings.device, settings.dtype, settings.engine)
+            pipe = load_pipeline(settings.pipe, settings.device, settings.dtype, settings.engine, settings.loading)
             choose = choose_batch_size
         found = find_job(store)
         job = plan(settings, pipe, seeds, found.job, choose)

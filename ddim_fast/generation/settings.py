@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ParamSpec, TextIO, TypeVar
 
@@ -34,6 +34,7 @@ class JobSettings:
 
     Args:
         pipe: a `DDIMPipeline`, or what `DDIMPipeline.from_pretrained` takes.
+        loading: with a name for `pipe`, other arguments of `from_pretrained`, such as `{"subfolder": "unet_ema"}`.
         seeds: integers in [0, 2**63), or text such as `"0-49999"` or `"1,5,7-9"`; each once.
         out: a folder, or any fsspec path (`"s3://bucket/run"`). Only local folders are locked against a second run.
         num_inference_steps, eta, timesteps: as in a pipeline's call.
@@ -82,6 +83,7 @@ class JobSettings:
     ray: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
+    loading: Mapping[str, Any] | None = None
     progress: bool = True
     log: TextIO | None = None
 
@@ -94,6 +96,15 @@ class JobSettings:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.batch_size != "auto" and not _is_count(self.batch_size):
             raise ValueError(f"batch_size must be an integer of at least 1 or 'auto', got {self.batch_size!r}")
+        if self.loading and not isinstance(self.pipe, str | os.PathLike):
+            raise ValueError(
+                f"loading={dict(self.loading)} is for a model's name, but pipe is a pipeline; leave it out"
+            )
+        if self.loading and self.ray is not None:
+            raise ValueError(
+                f"loading={dict(self.loading)} does not reach the workers of ray={self.ray!r}; write a folder with "
+                "`ddim-fast convert` first, and give that"
+            )
         check_eta(self.eta)
         if self.device is not None:
             usable_device(self.device)
