@@ -193,10 +193,17 @@ def main(arguments: list[str] | None = None) -> None:
                 if not repeat:
                     print(f"{key}: missing: {reason}", flush=True)
                 continue
-            if row.is_reconstruction:
-                values = measure_reconstruction(pipe, row, held_out, args.images)
-            else:
-                values = measure_distance(pipe, row, judge, real, args.images, repeat, CLOCKS[args.clock])
+            try:
+                if row.is_reconstruction:
+                    values = measure_reconstruction(pipe, row, held_out, args.images)
+                else:
+                    values = measure_distance(pipe, row, judge, real, args.images, repeat, CLOCKS[args.clock])
+            except ValueError as error:
+                # The call takes the argument, but not (yet) this value of it; it says so before it does anything.
+                if not any(str(error).startswith(name) for name in row.arguments()):
+                    raise
+                print(f"{key}: missing: {error}", flush=True)
+                continue
             results.add(key, values)
             print(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
     report = args.out.with_suffix(".md")

@@ -8,7 +8,7 @@
 holds, the averaged weights (a pipeline) and the current ones; only the optimizer then begins anew, with a warm-up:
 
     python examples/train_digits.py --data mnist.npz --out more/ --classes --start ddim-fast/digits-by-class \\
-        --current examples/training/digits-by-class.safetensors --balance --lr 2e-4 --steps 20000
+        --current examples/training/digits-by-class.safetensors --balance --expected --lr 4e-4 --batch 16 --steps 6000
 """
 
 import argparse

@@ -129,6 +129,34 @@ def test_rows_that_this_version_cannot_measure_are_named():
     assert not any(missing(row, New) for row in all_rows())
 
 
+def test_a_row_whose_value_is_refused_is_named_and_other_errors_are_not_hidden(run, tmp_path, monkeypatch, capsys):
+    import paper_rows
+    import paper_tables
+
+    def refuse(*args):
+        raise ValueError(said)
+
+    monkeypatch.setattr(paper_tables, "missing", lambda row, pipeline: None)
+    monkeypatch.setattr(paper_tables, "measure_distance", refuse)
+    one = (
+        "--tables",
+        "distance",
+        "--samplers",
+        f"eta {paper_rows.LARGER_VARIANCE}",
+        "--steps",
+        "10",
+        "--repeats",
+        "1",
+    )
+    said = "variance must be 'learned_range' or None, got 'ddpm_noisy'"
+    run(*one)
+    assert f"missing: {said}" in capsys.readouterr().out
+    assert "| η σ̂ | not measured (367.43)" in (tmp_path / "tables.md").read_text()
+    said = "images are NaN"
+    with pytest.raises(ValueError, match="images are NaN"):
+        run(*one)
+
+
 def test_the_tables_have_the_papers_rows():
     from paper_rows import all_rows
 
