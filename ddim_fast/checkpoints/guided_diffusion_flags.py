@@ -82,6 +82,7 @@ _NO_MATTER = frozenset(
 )
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _CLASSES = 1000
+_MOST = 2**20
 
 _ADM = (
     "--attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --noise_schedule linear "
@@ -212,13 +213,18 @@ def model_of(given: Flags, repository: str, shown: Layout | None = None, own_cod
         raise ValueError(f"{repository} has no flag --{unknown[0]}")
     flags = {**DEFAULTS[repository], **given}
     for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "diffusion_steps"):
-        if flags[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, got {flags[name]}")
+        if not 1 <= flags[name] <= _MOST:
+            raise ValueError(f"--{name} must be 1 to {_MOST}, got {flags[name]}")
+    for name in ("num_heads_upsample", "num_head_channels"):
+        if flags.get(name, -1) != -1 and not 1 <= flags[name] <= _MOST:
+            raise ValueError(f"--{name} must be -1, for none, or 1 to {_MOST}, got {flags[name]}")
+    if not 0 <= flags["dropout"] <= 1:
+        raise ValueError(f"--dropout must be 0 to 1, got {flags['dropout']}")
     if flags["noise_schedule"] not in ("linear", "cosine"):
         raise ValueError(f"--noise_schedule must be linear or cosine, got {flags['noise_schedule']!r}")
     widths = _widths(flags, repository, shown if own_code else None)
     attention = _numbers("attention_resolutions", flags["attention_resolutions"], int)
-    factors = [flags["image_size"] // max(int(size), 1) for size in attention]
+    factors = [flags["image_size"] // int(size) for size in attention]
     in_channels = 3 if shown is None else shown.in_channels
     layout = Layout(
         num_channels=flags["num_channels"],
@@ -250,9 +256,12 @@ def model_of(given: Flags, repository: str, shown: Layout | None = None, own_cod
 
 def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:
     try:
-        return tuple(kind(number) for number in text.split(","))
+        numbers = tuple(kind(number) for number in text.split(","))
     except ValueError:
-        raise ValueError(f"--{name} must be numbers with commas between them, got {text!r}") from None
+        numbers = ()
+    if not numbers or not all(0 < number <= _MOST for number in numbers):
+        raise ValueError(f"--{name} must be numbers above 0 with commas between them, got {text!r}")
+    return numbers
 
 
 def _widths(flags: Flags, repository: str, shown: Layout | None) -> tuple[int, ...]:

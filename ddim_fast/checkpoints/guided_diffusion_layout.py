@@ -47,17 +47,20 @@ def read_layout(state: Mapping[str, Tensor], where: str) -> Layout:
     for a file in which a tensor is missing that the layout is read from.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
             raise ValueError(f"{where} is not a whole network of {SOURCE}: {name} is missing; copy the file again")
-        return tuple(state[name].shape)
+        found = tuple(state[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise ValueError(f"{where} is not a network of {SOURCE}: {name} has the shape {found}")
+        return found
 
     inputs, outputs = _blocks(state, "input_blocks"), _blocks(state, "output_blocks")
     if not outputs:
         raise ValueError(
             f"{where} has no output_blocks: it is a classifier of {SOURCE}, or part of a network, and samples nothing"
         )
-    in_channels = shape("input_blocks.0.0.weight")[1]
+    in_channels = shape("input_blocks.0.0.weight", 4)[1]
     if in_channels == 6:
         raise ValueError(
             f"{where} has 6 input channels: it is an upsampler of {SOURCE}, which reads a small image beside the "
@@ -72,17 +75,18 @@ def read_layout(state: Mapping[str, Tensor], where: str) -> Layout:
         )
     levels = len(outputs) // (layers + 1)
     first = [1 + level * (layers + 1) for level in range(levels)]
-    time, width = shape("input_blocks.1.0.emb_layers.1.weight")[0], shape("input_blocks.1.0.out_layers.3.weight")[0]
+    time = shape("input_blocks.1.0.emb_layers.1.weight", 2)[0]
+    width = shape("input_blocks.1.0.out_layers.3.weight", 4)[0]
     return Layout(
-        num_channels=shape("time_embed.0.weight")[1],
-        widths=tuple(shape(f"input_blocks.{index}.0.out_layers.3.weight")[0] for index in first),
+        num_channels=shape("time_embed.0.weight", 2)[1],
+        widths=tuple(shape(f"input_blocks.{index}.0.out_layers.3.weight", 4)[0] for index in first),
         num_res_blocks=layers,
         attends=tuple(f"input_blocks.{index}.1.qkv.weight" in state for index in first),
         resblock_updown=levels > 1 and f"input_blocks.{layers + 1}.0.in_layers.0.weight" in state,
         use_scale_shift_norm=time == 2 * width,
-        classes=shape("label_emb.weight")[0] if "label_emb.weight" in state else None,
+        classes=shape("label_emb.weight", 2)[0] if "label_emb.weight" in state else None,
         in_channels=in_channels,
-        out_channels=shape("out.2.weight")[0],
+        out_channels=shape("out.2.weight", 4)[0],
     )
 
 

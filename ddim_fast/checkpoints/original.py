@@ -154,9 +154,13 @@ def _read_shapes(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any
     """The entries of a `UNet2DModel` that the shapes show, and at which resolutions there is attention."""
 
     def shape(name: str) -> tuple[int, ...]:
+        """Of a 3x3 convolution's weight."""
         if name not in state:
             raise ValueError(f"{path} is not a whole network of the original DDIM repository: {name} is missing")
-        return tuple(state[name].shape)
+        found = tuple(state[name].shape)
+        if len(found) != 4 or 0 in found:
+            raise ValueError(f"{path} is not a network of the original DDIM repository: {name} has the shape {found}")
+        return found
 
     if "logvar" in state:
         raise ValueError(f"{path} has a logvar: model.type was 'bayesian', which is not read; only 'simple' is")

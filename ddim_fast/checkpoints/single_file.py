@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def recognize(path: Path, training: Training | None = None) -> Recognized:
     return replace(
         recognized,
         given=training.given(),
+        assumed=recognized.assumed + _averages_beside(path),
         unet=recognized.unet | _unet_entries(training, recognized.unet),
         scheduler=_scheduler_entries(training, recognized),
     )
@@ -85,6 +87,17 @@ def network_state(path: Path) -> dict[str, Tensor]:
             f"found {describe(state)}"
         )
     return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _averages_beside(path: Path) -> tuple[str, ...]:
+    """A note if guided-diffusion's training saved the moving average of this network beside it."""
+    match = re.fullmatch(r"model(\d+)\.pt", path.name)
+    if match is None:
+        return ()
+    averages = sorted(other.name for other in path.parent.glob(f"ema_*_{match[1]}.pt"))
+    return tuple(
+        f"that the trained weights are wanted, not their moving average {name} beside them" for name in averages
+    )
 
 
 def _refuse(training: Training, names: tuple[str, ...], path: Path, kind: str, remedy: str) -> None:

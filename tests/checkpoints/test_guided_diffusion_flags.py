@@ -1,12 +1,17 @@
 """Flags are read as the repositories read them; what nobody said is asked for, or the guess is named."""
 
+import original_reference
 import pytest
 import torch
 from guided_diffusion_reference import Settings, network_shapes, random_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ddim_fast.checkpoints import Training, recognize
 from ddim_fast.checkpoints.guided_diffusion import read_guided_diffusion
 from ddim_fast.checkpoints.guided_diffusion_flags import PUBLISHED, model_of, read_flags
 from ddim_fast.checkpoints.guided_diffusion_layout import modules
+from ddim_fast.unet import UNet2DModel
 
 SMALL = Settings(mults=(1, 2, 3, 4), image_size=64, attention=(16, 8))
 SMALL_FLAGS = "--image_size 64 --num_channels 32 --num_res_blocks 1"
@@ -129,8 +134,14 @@ def test_the_repository_is_asked_for_where_it_makes_a_difference():
         ("--num_heads 7", "--num_heads 7 does not divide the 96 channels"),
         ("--num_head_channels 20", "--num_head_channels 20 does not divide"),
         ("--noise_schedule quad", "--noise_schedule must be linear or cosine, got 'quad'"),
-        ("--diffusion_steps 0", "--diffusion_steps must be at least 1, got 0"),
-        ("--channel_mult 1,x", "--channel_mult must be numbers with commas between them, got '1,x'"),
+        ("--diffusion_steps 0", "--diffusion_steps must be 1 to 1048576, got 0"),
+        ("--diffusion_steps 1000000000000", "--diffusion_steps must be 1 to 1048576, got 1000000000000"),
+        ("--channel_mult 1,x", "--channel_mult must be numbers above 0 with commas between them, got '1,x'"),
+        ("--channel_mult inf", "--channel_mult must be numbers above 0"),
+        ("--channel_mult nan", "--channel_mult must be numbers above 0"),
+        ("--attention_resolutions 0", "--attention_resolutions must be numbers above 0"),
+        ("--num_head_channels -5", "--num_head_channels must be -1, for none, or 1 to"),
+        ("--dropout nan", "--dropout must be 0 to 1, got nan"),
     ],
 )
 def test_flags_that_contradict_the_file_are_refused(flags, message):
@@ -209,3 +220,43 @@ def test_the_schedule_follows_the_flags():
     assert (other["beta_schedule"], other["prediction_type"]) == ("squaredcos_cap_v2", "sample")
     assert not other["clip_sample"]
     assert (other["timestep_spacing"], other["previous_timestep"]) == ("linspace", "schedule")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_file_with_one_wrong_tensor_is_never_taken(data):
+    state = on_meta(SMALL)
+    name = data.draw(st.sampled_from(sorted(state)))
+    shape = data.draw(st.sampled_from([None, (), (3,), (0, 0, 0, 0), (2, 3, 4), (*state[name].shape, 1)]))
+    if shape == tuple(state[name].shape):
+        return
+    del state[name]
+    if shape is not None:
+        state[name] = torch.empty(shape, device="meta")
+    with pytest.raises(ValueError, match=r"m.pt|the flags do not describe this file"):
+        read_guided_diffusion(state, "m.pt", flags=SMALL_FLAGS)
+    with pytest.raises(ValueError, match=r"m.pt"):
+        read_guided_diffusion(state, "m.pt")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_file_of_the_original_with_one_wrong_tensor_says_so(data, tmp_path_factory):
+    shapes = original_reference.network_shapes(original_reference.Settings())
+    state = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    name = data.draw(st.sampled_from(sorted(state)))
+    state[name] = torch.zeros(data.draw(st.sampled_from([(), (3,), (2, 3, 4), (0, 1, 3, 3)])))
+    path = tmp_path_factory.mktemp("wrong") / "m.pt"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"m.pt"):
+        UNet2DModel.from_pretrained(path)
+
+
+def test_the_moving_average_beside_a_model_is_pointed_at(tmp_path):
+    state = random_state(SMALL)
+    for name in ("model000100.pt", "ema_0.9999_000100.pt", "ema_0.9999_000200.pt"):
+        torch.save(state, tmp_path / name)
+    said = Training(flags=SMALL_FLAGS)
+    (guess,) = recognize(tmp_path / "model000100.pt", said).assumed
+    assert "ema_0.9999_000100.pt" in guess and "000200" not in guess
+    assert not recognize(tmp_path / "ema_0.9999_000100.pt", said).assumed
