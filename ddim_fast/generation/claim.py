@@ -149,6 +149,8 @@ def _refuse_foreign(
 
     Ours are the files of `chunks`, and all that the job `old` computes.
     """
+    if store.is_empty():
+        return
     listed: dict[str, set[str]] = {}
 
     def there(name: str) -> bool:

@@ -26,12 +26,11 @@ from .store import Store
 class Found:
     """What a folder says of its job.
 
-    `job`: without labels; None where neither file tells. `text`: the content of the file that does. `missing` and
-    `damaged`: what is wrong with the other, or with both.
+    `job`: without labels; None where neither file tells. `missing` and `damaged`: what is wrong with the other file,
+    or with both.
     """
 
     job: Job | None = None
-    text: bytes = b""
     missing: list[str] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
 
@@ -58,7 +57,7 @@ def settings_text(job: Job) -> bytes:
 
 def find_job(store: Store) -> Found:
     """The job whose folder this is. Raises `ValueError` if its two settings files are of two jobs."""
-    whole: dict[str, tuple[Job, bytes]] = {}
+    whole: dict[str, Job] = {}
     missing, damaged = [], {}
     for name in (SETTINGS_FILE, SETTINGS_COPY):
         try:
@@ -68,14 +67,13 @@ def find_job(store: Store) -> Found:
         except DamagedState as error:
             damaged[name] = str(error)
     if not whole:
-        return Found(None, b"", missing, damaged)
-    if len(whole) == 2 and len({json.dumps(job.settings, sort_keys=True) for job, _ in whole.values()}) == 2:
+        return Found(None, missing, damaged)
+    if len(whole) == 2 and len({json.dumps(job.settings, sort_keys=True) for job in whole.values()}) == 2:
         raise ValueError(
             f"{store.out}/{SETTINGS_FILE} and its copy {SETTINGS_COPY} are of two jobs; remove the one that is not of "
             "the images there, then run the job again"
         )
-    job, text = next(iter(whole.values()))
-    return Found(job, text, missing, damaged)
+    return Found(next(iter(whole.values())), missing, damaged)
 
 
 def read_job(store: Store) -> Job | None:
@@ -94,21 +92,22 @@ def read_job(store: Store) -> Job | None:
 
 def mend(store: Store, found: Found) -> None:
     """Write again what is missing or damaged of the settings of the job that was `found`."""
-    for name in (SETTINGS_FILE, SETTINGS_COPY):
-        if name in found.missing or name in found.damaged:
-            store.write(name, found.text)
+    lost = [name for name in (SETTINGS_FILE, SETTINGS_COPY) if name in found.missing or name in found.damaged]
+    for name in lost:
+        (whole,) = {SETTINGS_FILE, SETTINGS_COPY}.difference(lost)
+        store.write(name, store.read(whole))
 
 
 def check_in_place(store: Store, job: Job) -> None:
     """Raise `JobError` if `job.json` is not there any more, or is another job's."""
     try:
-        there, _ = _read(store, SETTINGS_FILE)
+        there = _content(store, SETTINGS_FILE)
     except FileNotFoundError:
         problem = "was removed"
     except DamagedState:
         problem = "was damaged"
     else:
-        if there.settings == job.settings:
+        if there["settings"] == job.settings:
             return
         problem = "was replaced by that of another job"
     raise JobError(f"{store.out}/{SETTINGS_FILE} {problem} while the job ran; run the job again")
@@ -127,19 +126,26 @@ def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], out: str) ->
         )
 
 
-def _read(store: Store, name: str) -> tuple[Job, bytes]:
+def _content(store: Store, name: str) -> dict[str, Any]:
+    """What a settings file says."""
     what = f"{store.out}/{name}"
     text = read_bytes(store, name)
-    model = parse_state(text, SettingsFile, what)["model"]
+    parse_state(text, SettingsFile, what)
     # As it lies there: also what another version of this package may have added counts.
     content = parse_state(text, dict[str, Any], what)
+    del text
     if checksum(content) != content["sha256"]:
         raise DamagedState(f"{what} is damaged (its checksum is of other settings)")
+    return content
+
+
+def _read(store: Store, name: str) -> Job:
+    content = _content(store, name)
     try:
         seeds = parse_seeds(content["settings"]["seeds"])
     except ValueError as error:
-        raise DamagedState(f"{what} is damaged ({error})") from None
-    return Job(seeds, None, content["settings"], model), text
+        raise DamagedState(f"{store.out}/{name} is damaged ({error})") from None
+    return Job(seeds, None, content["settings"], content["model"])
 
 
 def _short(value: Any) -> str:

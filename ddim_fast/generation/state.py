@@ -97,11 +97,14 @@ def read_state(store: Store, name: str, schema: type[T]) -> T:
     return parse_state(read_bytes(store, name), schema, f"{store.out}/{name}")
 
 
-def read_bytes(store: Store, name: str) -> bytes:
+def read_bytes(store: Store, name: str) -> bytes | bytearray:
     """The bytes of a state file. Raises `FileNotFoundError`, and `DamagedState` for one that cannot be read."""
     try:
         with store.open(name) as file:
-            data = file.read(MOST_BYTES + 1)
+            # In pieces: asked for the most at once, a file makes room for that.
+            data = bytearray()
+            while len(data) <= MOST_BYTES and (piece := file.read(1 << 20)):
+                data += piece
         if len(data) <= MOST_BYTES:
             return data
         raise DamagedState(f"{store.out}/{name} is damaged (larger than {MOST_BYTES >> 20} MiB)")
@@ -111,7 +114,7 @@ def read_bytes(store: Store, name: str) -> bytes:
         raise DamagedState(f"{store.out}/{name} is damaged ({error.strerror})") from None
 
 
-def parse_state(data: bytes, schema: type[T], what: str) -> T:
+def parse_state(data: bytes | bytearray, schema: type[T], what: str) -> T:
     """`data` as `schema`. Raises `DamagedState`, which says `what` it is."""
     try:
         return msgspec.json.decode(data, type=schema)
@@ -130,4 +133,9 @@ def state_text(content: Mapping[str, Any]) -> bytes:
 def checksum(content: Mapping[str, Any]) -> str:
     """The SHA-256 of `content` without its own checksum."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    # Piece by piece: the seeds may be a text of megabytes.
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(rest):
+        for at in range(0, len(piece), 1 << 20):
+            digest.update(piece[at : at + (1 << 20)].encode())
+    return digest.hexdigest()

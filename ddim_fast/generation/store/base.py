@@ -68,6 +68,10 @@ class Store(Protocol):
         """Names of the files directly in `folder`, empty if there is no such folder."""
         ...
 
+    def is_empty(self) -> bool:
+        """Whether there is nothing beside what jobs keep for themselves."""
+        ...
+
     def write(self, name: str, data: bytes) -> None:
         """Replace `name` as a whole, durable when this returns."""
         ...

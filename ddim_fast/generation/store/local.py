@@ -90,8 +90,8 @@ class LocalStore:
         for name in names:
             try:
                 with self.open(name) as file:
-                    data = file.read(MOST_OF_MANY + 1)
-                found.append(data if len(data) <= MOST_OF_MANY else b"")
+                    small = os.fstat(file.fileno()).st_size <= MOST_OF_MANY
+                    found.append(file.read() if small else b"")
             except FileNotFoundError:
                 found.append(None)
             except NotAPlainFile:
@@ -117,6 +117,10 @@ class LocalStore:
                 return [entry.name for entry in entries if entry.is_file()]
         except FileNotFoundError:
             return []
+
+    def is_empty(self) -> bool:
+        with os.scandir(self.out) as entries:
+            return all(entry.name == HIDDEN for entry in entries)
 
     def write(self, name: str, data: bytes) -> None:
         """Replace `name` as a whole, on disk when this returns."""

@@ -94,6 +94,14 @@ class RemoteStore:
             return []
         return [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
 
+    def is_empty(self) -> bool:
+        self.fs.invalidate_cache()
+        try:
+            with self._naming(""):
+                return all(entry.rstrip("/").endswith(f"/{HIDDEN}") for entry in self.fs.ls(self.root, detail=False))
+        except FileNotFoundError:
+            return True
+
     def write(self, name: str, data: bytes) -> None:
         with self._naming(name):
             self._make_parents([name])
