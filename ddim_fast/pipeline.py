@@ -19,7 +19,7 @@ from .adopted_scheduler import converted, exclusive
 from .engine.own_step import set_schedule
 from .once import log_once
 from .outputs import BadImagesError, Output
-from .pipeline_methods import PipelineMethods, adopt_unet
+from .pipeline_methods import PipelineMethods
 from .request import Generators, Labels, Request, Seeds, make_request
 from .scheduler import DDIMScheduler, follows_its_table
 
@@ -75,7 +75,7 @@ class DDIMPipeline(PipelineMethods):
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         super().__init__()
-        self.register_modules(unet=adopt_unet(unet), scheduler=converted(scheduler))
+        self.register_modules(unet=unet, scheduler=converted(scheduler))
 
     @overload
     def __call__(
@@ -230,7 +230,7 @@ class DDIMPipeline(PipelineMethods):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         request = make_request(
-            self.unet.config,
+            self._network.config,
             self._execution_device,
             batch_size=batch_size,
             generator=generator,
@@ -287,7 +287,7 @@ class DDIMPipeline(PipelineMethods):
         `truncate` cuts pixel values off to whole numbers instead of rounding them, as guided-diffusion does.
         """
         request = make_request(
-            self.unet.config,
+            self._network.config,
             self._execution_device,
             batch_size=batch_size,
             generator=generator,

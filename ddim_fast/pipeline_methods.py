@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .adopted_scheduler import adopted
+from .adopted_unet import adopt_unet, changed_owner
 from .config import Config
 from .engine import Engine, EngineName, EngineSettings
 from .offload import Offload, offload_device
@@ -24,46 +26,17 @@ from .once import log_once
 from .pipeline_loading import load_missing, lookup_of
 from .placement import DeviceMap, Dtype
 from .unet import UNet2DModel
+from .unet.foreign import ForeignUNet
 
 logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="PipelineMethods")
 
 
-def adopt_unet(unet: Any) -> UNet2DModel:
-    """`unet` itself, or ours around the tensors of a `diffusers.UNet2DModel` (shared, not copied)."""
-    for wrapper in ("_orig_mod", "module"):
-        unet = getattr(unet, wrapper, unet)
-    config: Any = getattr(unet, "config", None)
-    if isinstance(unet, UNet2DModel):
-        return unet
-    if not (isinstance(unet, torch.nn.Module) and config is not None):
-        raise TypeError(
-            f"unet must be a UNet2DModel (ddim_fast's or diffusers'), got {type(unet).__name__}; "
-            "load one with UNet2DModel.from_pretrained(...)"
-        )
-    named = config.get("_class_name", type(unet).__name__)
-    if "UNet2DModel" not in (named, type(unet).__name__):
-        raise TypeError(f"unet must be a UNet2DModel, got a {type(unet).__name__}, which takes other inputs")
-    with torch.device("meta"):
-        adopted = UNet2DModel.from_config(config)
-    adopted.load_state_dict(unet.state_dict(), assign=True)
-    # What a state dict leaves out is small and depends on the config alone.
-    if any(tensor.is_meta for tensor in adopted.buffers()):
-        fresh = dict(UNet2DModel.from_config(config).named_buffers())
-        for name, buffer in list(adopted.named_buffers()):
-            if buffer.is_meta:
-                owner, _, leaf = name.rpartition(".")
-                setattr(adopted.get_submodule(owner), leaf, fresh[name].to(adopted.device))
-    # Its tensors stay with their owner, who may go on training them: packing must not move them.
-    adopted.__dict__["borrowed"] = True
-    return adopted.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
-
-
 class PipelineMethods:
     """Base of `DDIMPipeline`."""
 
-    unet: UNet2DModel
+    _network: UNet2DModel | ForeignUNet
 
     def __init__(self) -> None:
         self._settings = EngineSettings()
@@ -105,13 +78,59 @@ class PipelineMethods:
     @property
     def runner(self) -> Engine:
         """The `Engine` that runs the steps: it keeps packed weights, graphs and compiled forwards of `unet`."""
+        edited = changed_owner(self._network)
+        if edited is not None:
+            self.unet = edited
         runner = self._runner
-        if runner is None or runner.unet is not self.unet:
-            self._runner = runner = Engine(self.unet)
+        if runner is None or runner.unet is not self._network:
+            self._runner = runner = Engine(self._network)
         runner.settings, runner.offload = self._settings, self._offload
         return runner
 
+    @contextmanager
+    def weights_stay(self) -> Iterator[None]:
+        """Within this block nobody edits the weights, so calls need not look at what they hold, as jobs have it.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> with pipe.weights_stay():
+            ...     images = [pipe(num_inference_steps=2, seeds=[seed]).images[0] for seed in range(3)]
+        """
+        before = self._settings
+        self.runner.snapshot()
+        self._settings = replace(before, fixed_weights=True)
+        try:
+            yield
+        finally:
+            self._settings = replace(self._settings, fixed_weights=before.fixed_weights)
+
     # Parts
+
+    @property
+    def unet(self) -> Any:
+        """The network.
+
+        A stock `UNet2DModel` of diffusers becomes ours on assignment, around the same parameters; an edit of either is
+        one of both, and one that is not stock (any more) runs its own code: hooks, adapters, other layers. So does
+        every other module, which is called with (sample, timestep), and class_labels where there are any.
+
+        Example:
+            >>> from ddim_fast import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("ddim-fast/digits")
+            >>> class Halved(torch.nn.Module):
+            ...     def __init__(self, unet):
+            ...         super().__init__()
+            ...         self.unet, self.config = unet, unet.config
+            ...     def forward(self, x, t):
+            ...         return self.unet(x, t).sample / 2
+            >>> pipe.unet = Halved(pipe.unet)
+        """
+        return self._network.module if isinstance(self._network, ForeignUNet) else self._network
+
+    @unet.setter
+    def unet(self, unet: Any) -> None:
+        self._network = adopt_unet(unet)
 
     @property
     def scheduler(self) -> Any:
@@ -311,15 +330,15 @@ class PipelineMethods:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self._network.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self._network.dtype
 
     @property
     def _execution_device(self) -> torch.device:
-        return self.unet.device if self._offload is None else self._offload.device
+        return self._network.device if self._offload is None else self._offload.device
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the weights on the CPU and move them to the accelerator for the length of a call."""

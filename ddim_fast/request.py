@@ -73,7 +73,7 @@ def make_request(
         batch_size = next((len(each) for each in lists if _is_list(each)), 1)
     batch_size = check_count("batch_size", batch_size)
     check_channels(config)
-    shape = (batch_size, int(config["in_channels"]), *image_size(config))
+    shape = image_shape(config, batch_size, latents)
     check_generator(generator, batch_size, device)
     if seeds is not None and generator is not None:
         raise ValueError("seeds and generator exclude each other: pass the seeds of the images, or a generator")
@@ -101,6 +101,20 @@ def _is_list(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
+def image_shape(config: Mapping[str, Any], batch_size: int, latents: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """(B, C, H, W) of a model with `config`; what that does not say is as in `latents`."""
+    channels, size = config["in_channels"], config["sample_size"]
+    if latents is not None and latents.ndim == 4:
+        channels = latents.shape[1] if channels is None else channels
+        size = tuple(latents.shape[2:]) if size is None else size
+    if channels is None:
+        raise ValueError(
+            "the unet has no config.in_channels, so the shape of its images is unknown; pass latents=, or give the "
+            "unet a config with in_channels and sample_size"
+        )
+    return (batch_size, int(channels), *image_size({**config, "sample_size": size}))
+
+
 def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width that a model with `config` was trained at."""
     size = config["sample_size"]
@@ -113,8 +127,8 @@ def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def check_channels(config: Mapping[str, Any]) -> None:
     """Raise unless a model with `config` predicts its image's channels, or those and as many of a learned variance."""
-    channels, predicted = int(config["in_channels"]), int(config["out_channels"])
-    if predicted not in (channels, 2 * channels):
+    channels, predicted = config["in_channels"], config["out_channels"]
+    if channels is not None and predicted is not None and predicted not in (channels, 2 * channels):
         raise ValueError(
             f"unet.config.out_channels is {predicted} and in_channels {channels}: a model of images predicts as "
             "many channels as they have, or twice as many with a learned variance"

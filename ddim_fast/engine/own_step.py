@@ -122,7 +122,7 @@ def reads_variance(scheduler: Scheduler, unet: Any) -> bool:
     """Whether `scheduler`, of a class that knows learned variances, wants the one that `unet` predicts."""
     kind = str(getattr(scheduler, "config", {}).get("variance_type"))
     known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    return known and kind.startswith("learned") and unet.config.out_channels > unet.config.in_channels
+    return known and kind.startswith("learned") and (unet.config.out_channels or 0) > (unet.config.in_channels or 0)
 
 
 def whole_forward(unet: Any, labels: Tensor | None) -> Forward:

@@ -116,7 +116,7 @@ def pack(unet: UNet2DModel, exact: bool = False) -> PackedUNet:
     `exact` keeps the CPU's convolutions to the direct algorithm. On CUDA the convolutions of `unet` take over the
     packed channels-last storage, so that there is one copy of them, where `may_take_over` allows it.
     """
-    packer = _Packer(exact, unet.conv_in.out_channels, getattr(unet, "borrowed", False))
+    packer = _Packer(exact, unet.conv_in.out_channels, getattr(unet, "owner", None) is not None)
     with torch.no_grad():
         down = tuple(packer.stage(block, "downsamplers") for block in unet.down_blocks)
         mid = None if unet.mid_block is None else packer.middle(unet.mid_block)

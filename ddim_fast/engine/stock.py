@@ -161,12 +161,17 @@ def departure(unet: nn.Module) -> str | None:
     """Where `unet`, which holds no foreign code, is not as its config has it; None if it is."""
     kind = next((base for base in type(unet).__mro__ if base.__module__ == "ddim_fast.unet.model"), None)
     if kind is None:
-        return f"the model is a {type(unet).__name__}, not a UNet2DModel"
+        return getattr(unet, "reason", f"the model is a {type(unet).__name__}, not a UNet2DModel")
     config: Any = getattr(unet, "config", {})
     try:
         reference = built(kind, spelled({name: config[name] for name in init_arguments(kind) if name in config}))
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         return f"no network can be built from the model's config: {error}"
+    return departure_from(unet, reference)
+
+
+def departure_from(unet: nn.Module, reference: nn.Module) -> str | None:
+    """Where `unet` is not as `reference`, or its weights are none that can be packed; None if it is."""
     problem = difference(unet, reference)
     if problem is not None:
         return problem
