@@ -23,7 +23,6 @@ from .snapshot import Snapshot, take
 from .stock import Tree, look
 
 if TYPE_CHECKING:
-    from ..unet import UNet2DModel
     from .loop import Run
     from .own_step import Scheduler
     from .pack import PackedUNet
@@ -47,7 +46,8 @@ class Engine:
     """Runs the steps of requests with `unet`, and keeps what it makes of the weights between calls.
 
     Args:
-        unet: the network; it may be edited, trained and moved between calls, and each call sees it as it then is.
+        unet: the network, a `UNet2DModel` or a `ForeignUNet`; it may be edited, trained and moved between calls, and
+            each call sees it as it then is.
         settings: who runs the steps and how; may be assigned between calls.
         offload: where the weights run, if they rest elsewhere.
 
@@ -63,7 +63,7 @@ class Engine:
         torch.Size([2, 3, 8, 8])
     """
 
-    def __init__(self, unet: UNet2DModel, settings: EngineSettings | None = None, offload: Offload | None = None):
+    def __init__(self, unet: Any, settings: EngineSettings | None = None, offload: Offload | None = None):
         self.unet, self.settings, self.offload = unet, settings or EngineSettings(), offload
         # Two threads may call at once: one packs, and graphs read and write buffers of their own.
         self.lock = threading.RLock()

@@ -43,7 +43,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Tree:
-    """The modules of a network as they were: their classes and attributes, and those of the classes.
+    """The modules of a network as they were: their classes and attributes, those of the classes, and the tensors.
 
     `foreign`: what of it is somebody else's code, so that only calling the network computes what it does.
     `departure`: what of it is not as its config has it, so that only its modules compute what they do.
@@ -52,6 +52,7 @@ class Tree:
     modules: list[tuple[nn.Module, type, dict[str, Any]]]
     classes: list[tuple[type, dict[str, Any]]]
     tensors: list[Tensor]
+    looks: list[tuple[Any, ...]]
     own_hooks: frozenset[int]
     foreign: str | None = None
     departure: str | None = None
@@ -83,10 +84,15 @@ def look(unet: nn.Module, own_hooks: Collection[int] = ()) -> Tree:
     kinds = {base: None for _, kind, _ in modules for base in kind.__mro__ if base is not object}
     classes = [(kind, dict(vars(kind))) for kind in kinds]
     tensors = list({id(each): each for each in (*unet.parameters(), *unet.buffers())}.values())
-    tree = Tree(modules, classes, tensors, frozenset(own_hooks))
+    tree = Tree(modules, classes, tensors, looks(tensors), frozenset(own_hooks))
     tree.foreign = foreign_code(unet, tree.own_hooks)
     tree.departure = tree.foreign or departure(unet)
     return tree
+
+
+def looks(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What of tensors decides whether they can be packed: a parameter stays the same object in another dtype."""
+    return [(each.dtype, each.device, each.shape) for each in tensors]
 
 
 def remembered(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +210,7 @@ def difference(module: nn.Module, reference: nn.Module, name: str = "") -> str |
     if type(module) is not type(reference) and (name or not isinstance(module, type(reference))):
         return f"{where} stands where the config has a {type(reference).__name__}"
     if isinstance(module, nn.Dropout):
-        return f"{where} is in training mode; call unet.eval()" if module.training and module.p > 0 else None
+        return active_dropout(module, where)
     found, wanted = vars(module), vars(reference)
     for entry, value in wanted.items():
         if entry in NO_EFFECT or (not name and entry in NOTES):
@@ -242,6 +248,13 @@ def difference(module: nn.Module, reference: nn.Module, name: str = "") -> str |
         if problem is not None:
             return problem
     return None
+
+
+def active_dropout(dropout: nn.Dropout, where: str) -> str | None:
+    """Why `dropout` is more than its input; None where it does nothing."""
+    if type(dropout.p) not in (int, float) or not 0 <= dropout.p <= 1 or type(dropout.training) is not bool:
+        return f"{where} has p={dropout.p!r:.60} and training={dropout.training!r:.60}"
+    return f"{where} is in training mode; call unet.eval()" if dropout.training and dropout.p > 0 else None
 
 
 def same(value: Any, wanted: Any) -> bool:

@@ -104,7 +104,7 @@ EDITS = {
     ),
     "mid_block.attentions.0 (Identity)": lambda unet: unet.mid_block.attentions.__setitem__(0, nn.Identity()),
     "conv_act (Tanh)": lambda unet: setattr(unet, "conv_act", nn.Tanh()),
-    "heads": lambda unet: (
+    "head_dim of mid_block.attentions.0": lambda unet: (
         setattr(unet.mid_block.attentions[0], "heads", 4) or setattr(unet.mid_block.attentions[0], "head_dim", 4)
     ),
     "output_scale_factor of mid_block.resnets.0": lambda unet: setattr(middle(unet), "output_scale_factor", 3.0),
