@@ -25,19 +25,34 @@ def pytest_configure(config):
 
 @pytest.fixture
 def rows(request):
-    """What `bench_cpu.py` has measured so far."""
-    return request.config.stash[_rows]
+    """What `bench_cpu.py` has measured so far; what a test adds is shown and written at once."""
+    rows = request.config.stash[_rows]
+    before = len(rows)
+    yield rows
+    if len(rows) > before and all(all(row.seconds.values()) for row in rows):
+        for row in rows[before:]:
+            request.config.pluginmanager.get_plugin("terminalreporter").write_line(row.table())
+        write_files(request.config, rows)
+
+
+def write_files(config, rows):
+    """Write the JSON and the chart that the options ask for; returns their paths."""
+    from cpu_results import write_chart, write_json
+
+    paths = []
+    for option, write in (("--results", write_json), ("--chart", write_chart)):
+        path = config.getoption(option)
+        if path is not None:
+            write(rows, path)
+            paths.append(path)
+    return paths
 
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = [row for row in config.stash[_rows] if all(row.seconds.values())]
     if not rows:
         return
-    from cpu_results import table, write_chart, write_json
-
-    for option, write in (("--results", write_json), ("--chart", write_chart)):
-        path = config.getoption(option)
-        if path is not None:
-            write(rows, path)
-            terminalreporter.write_line(f"written: {path}")
-    terminalreporter.write_line(table(rows))
+    for path in write_files(config, rows):
+        terminalreporter.write_line(f"written: {path}")
+    for row in rows:
+        terminalreporter.write_line(row.table())

@@ -1,4 +1,4 @@
-"""The rows of `bench_cpu.py`: medians, ratio to the best peer, table, JSON and chart."""
+"""The rows of `bench_cpu.py`: medians, ratios to the best rivals, table, JSON and chart."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_peers import OURS
+from cpu_peers import OURS, OURS_BFLOAT16
 
 
 @dataclass
 class Row:
     """One measurement. `seconds`: each contender's figures of all rounds, in `unit`, less is better.
 
-    `target`: the ratio to the best peer that is aimed at; where negative, how much ours may be above it, in `unit`.
-    `errors`: relative L2 to diffusers. `not_run`: why a contender is missing.
+    `targets`: for each of ours the ratio aimed at, to the best of its `rivals` (all peers where it names none); where
+    negative, how much ours may be above it, in `unit`. `errors`: relative L2 to diffusers. `ran_on`: the precision and
+    instruction set of each. `not_run`: why a contender is missing.
     """
 
     title: str
     unit: str
-    target: float
+    targets: dict[str, float]
+    rivals: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    ran_on: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
@@ -40,36 +44,62 @@ class Row:
         low, _, high = statistics.quantiles(self.seconds[name], n=4, method="inclusive")
         return (high - low) / 2
 
-    def best_peer(self) -> str:
-        return min((name for name in self.seconds if name != OURS), key=self.median)
+    def best_rival(self, ours: str) -> str:
+        rivals = self.rivals.get(ours) or [name for name in self.seconds if name not in OURS]
+        return min((name for name in rivals if name in self.seconds), key=self.median)
 
-    def ratio(self) -> float:
-        """How many times less than the best peer ours takes."""
-        return self.median(self.best_peer()) / self.median(OURS)
+    def ratio(self, ours: str) -> float:
+        """How many times less than its best rival `ours` takes."""
+        return self.median(self.best_rival(ours)) / self.median(ours)
 
-    def met(self) -> bool:
-        if self.target < 0:
-            return self.median(OURS) - self.median(self.best_peer()) <= -self.target
-        return self.ratio() >= self.target
+    def met(self, ours: str) -> bool:
+        target = self.targets[ours]
+        if target < 0:
+            return self.median(ours) - self.median(self.best_rival(ours)) <= -target
+        return self.ratio(ours) >= target
 
-    def aim(self) -> str:
-        if self.target < 0:
-            return f"at most {-self.target:g} {self.unit} more"
-        return f"{self.target:.2f}"
+    def aim(self, ours: str) -> str:
+        target = self.targets[ours]
+        return f"at most {-target:g} {self.unit} more" if target < 0 else f"{target:.2f}"
 
     def as_dict(self) -> dict[str, Any]:
+        measured = [name for name in self.targets if name in self.seconds]
         return {
             "title": self.title,
             "unit": self.unit,
             "rounds": self.seconds,
             "median": {name: self.median(name) for name in self.seconds},
             "errors": self.errors,
+            "ran_on": self.ran_on,
+            "notes": self.notes,
             "not_run": self.not_run,
-            "best_peer": self.best_peer(),
-            "ratio": self.ratio(),
-            "target": self.target,
-            "met": self.met(),
+            "ratios": {
+                name: {
+                    "best_rival": self.best_rival(name),
+                    "ratio": self.ratio(name),
+                    "target": self.targets[name],
+                    "met": self.met(name),
+                }
+                for name in measured
+            },
         }
+
+    def table(self) -> str:
+        """All contenders, and what ours reach."""
+        lines = [f"\n{self.title} [{self.unit}]"]
+        for name in self.seconds:
+            error = f"   error {self.errors[name]:.1e}" if name in self.errors else ""
+            ran_on = f"   {self.ran_on[name]}" if name in self.ran_on else ""
+            lines.append(f"  {name:18} {self.median(name):9.4f} ± {self.spread(name):.4f}{error}{ran_on}")
+        lines += [f"  {name:18} not run: {reason}" for name, reason in self.not_run.items()]
+        lines += [f"  {note}" for note in self.notes]
+        for name in self.targets:
+            if name in self.seconds:
+                verdict = "met" if self.met(name) else "missed"
+                lines.append(
+                    f"  {name}: {self.ratio(name):.2f} over {self.best_rival(name)} ({self.aim(name)}: {verdict})"
+                )
+        return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:
@@ -104,22 +134,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def table(rows: Sequence[Row]) -> str:
-    """All contenders of all rows, and last the ratios."""
-    lines = []
-    for row in rows:
-        lines.append(f"\n{row.title} [{row.unit}]")
-        for name in row.seconds:
-            error = f"   error {row.errors[name]:.1e}" if name in row.errors else ""
-            lines.append(f"  {name:15} {row.median(name):9.4f} ± {row.spread(name):.4f}{error}")
-        lines += [f"  {name:15} not run: {reason}" for name, reason in row.not_run.items()]
-    lines.append("\nratio to the best peer (target)")
-    for row in rows:
-        verdict = "met" if row.met() else "missed"
-        lines.append(f"  {row.title:45} {row.ratio():5.2f} over {row.best_peer()} ({row.aim()}: {verdict})")
-    return "\n".join(lines)
-
-
 def write_json(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps({"machine": machine(), "rows": [row.as_dict() for row in rows]}, indent=1) + "\n")
 
@@ -135,11 +149,16 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
     for axes, row in zip(panels, rows, strict=False):
         names = sorted(row.seconds, key=row.median, reverse=True)
         heights = [row.median(name) for name in names]
-        colours = ["C1" if name == OURS else "C0" for name in names]
+        colours = ["C1" if name in OURS else "C0" for name in names]
         bars = axes.barh(names, heights, xerr=[row.spread(name) for name in names], color=colours, capsize=2)
         axes.bar_label(bars, [f"{height:.3g}" for height in heights], padding=3)
         subject, _, work = row.title.partition(": ")
-        axes.set_title(f"{subject}: {row.ratio():.2f}x the best peer\n{work} [{row.unit}]", fontsize="medium")
+        ratios = ", ".join(
+            f"{row.ratio(ours):.2f}x{' in bfloat16' if ours == OURS_BFLOAT16 else ''}"
+            for ours in row.targets
+            if ours in row.seconds
+        )
+        axes.set_title(f"{subject}: {ratios} the best rival\n{work} [{row.unit}]", fontsize="medium")
         axes.margins(x=0.18)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(rows) :]:
