@@ -149,6 +149,11 @@ class Configured:
         is the object and a dict of them.
 
         Raises `TypeError` if `config` is neither a mapping nor a path.
+
+        Example:
+            >>> from ddim_fast import DDIMScheduler
+            >>> DDIMScheduler.from_config(DDIMScheduler(beta_end=0.01).config, clip_sample=False).config.beta_end
+            0.01
         """
         config = overrides.pop("pretrained_model_name_or_path", config)
         if isinstance(config, (str, os.PathLike)):
