@@ -230,7 +230,13 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folders.
+        if not path.is_dir():
+            raise
+        return
     try:
         os.fsync(descriptor)
     except OSError:

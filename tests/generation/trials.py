@@ -1,4 +1,4 @@
-"""Try again and again what jobs must survive, and write the table of it into tests/README.md.
+"""Try again and again what jobs and saves must survive, and write the table of it into tests/README.md.
 
 python tests/generation/trials.py            all, some minutes
 python tests/generation/trials.py --tenth    a tenth of each, without writing
@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 
 from damage import try_once
 from fake_jobs import FakePipeline, make
 from faults import FORMATS, cannot_mount, fill_a_disk, kill_and_resume, kill_two_shards, moments
+from killed_saves import kill_saves, save_together
 
 from ddim_fast.generation import JobError, verify
 
@@ -87,6 +89,17 @@ def starts(folder: Path, count: int) -> Trials:
         yield lambda number=number: attempt(number)
 
 
+def kills_of_saves(folder: Path, count: int) -> Trials:
+    chance = random.Random(21)
+    for turn in range(count):
+        yield lambda turn=turn: kill_saves(folder / "model", chance.uniform(0.01, 0.2), turn)
+
+
+def saves_together(folder: Path, count: int) -> Trials:
+    for turn in range(count):
+        yield lambda turn=turn: save_together(folder / str(turn % 2), turn)
+
+
 def survived(trials: Trials) -> tuple[int, int]:
     tried = passed = 0
     for trial in trials:
@@ -112,6 +125,8 @@ def main(share: float) -> list[tuple[str, int, int]]:
         ),
         ("kill -9 of two shards at work together", lambda d: kills_of_shards(d, number(30))),
         ("two to six starts at one moment", lambda d: starts(d, number(60))),
+        ("kill -9 of save_pretrained at a random moment", lambda d: kills_of_saves(d, number(100))),
+        ("two save_pretrained into one folder at one moment", lambda d: saves_together(d, number(50))),
         *((f"state files damaged at random: {f}", lambda d, f=f: damages(d, f, number(150))) for f in FORMATS),
     ]
     if not cannot_mount():
