@@ -102,6 +102,8 @@ class CollectCalls(TorchDispatchMode):
         kwargs = kwargs or {}
         fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
         if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            # Pinned memory would need a driver.
+            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == NAMESPACE:
