@@ -167,39 +167,41 @@ def _ddim_step_kernel(
             else:
                 m += tl.load(model_bias + pixel % BIAS_PERIOD).to(tl.float32)
 
+        # Multiply-adds are spelt out: left to the compiler, kernels with other terms would round otherwise.
         if PREDICTION_TYPE == "epsilon":
-            x0 = tl.div_rn(x - noise_scale * m, signal_scale)
+            x0 = tl.div_rn(tl.fma(-noise_scale, m, x), signal_scale)
             direction = m
         elif PREDICTION_TYPE == "sample":
             x0 = m
-            direction = tl.div_rn(x - signal_scale * x0, noise_scale)
+            direction = tl.div_rn(tl.fma(-signal_scale, x0, x), noise_scale)
         else:
-            x0 = signal_scale * x - noise_scale * m
-            direction = signal_scale * m + noise_scale * x
+            x0 = tl.fma(-noise_scale, m, signal_scale * x)
+            direction = tl.fma(noise_scale, x, signal_scale * m)
         if threshold is not None:
             x0 = tl.div_rn(tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL), limit)
         elif clip_range is not None:
             x0 = tl.clamp(x0, -clip_range, clip_range, propagate_nan=tl.PropagateNan.ALL)
         if USE_CLIPPED_MODEL_OUTPUT:
-            direction = tl.div_rn(x - signal_scale * x0, noise_scale)
-        result = c_x0 * x0 + c_direction * direction
+            direction = tl.div_rn(tl.fma(-signal_scale, x0, x), noise_scale)
+        result = tl.fma(c_direction, direction, c_x0 * x0)
         if USE_SAMPLE:
-            result += c_sample * x
+            result = tl.fma(c_sample, x, result)
         if previous_x0 is not None:  # noqa: SIM102 (a condition of compilation, then one of the device)
             if c_previous != 0.0:
                 before = tl.load(previous_x0 + _offset(pixel, channel, pixels, CHANNELS, PREVIOUS_X0_NHWC), mask)
-                result += c_previous * before
+                result = tl.fma(c_previous, before, result)
 
         if c_noise != 0.0:
             if noise is not None:
                 drawn = tl.load(noise + _offset(pixel, channel, pixels, CHANNELS, NOISE_NHWC), mask)
-                result += c_noise * drawn.to(tl.float32)
+                result = tl.fma(c_noise, drawn.to(tl.float32), result)
             elif seeds is not None:
                 if DRAW_QUADS:
                     quad = (channel * pixels + tile * BLOCK) // 4 + tl.arange(0, BLOCK // 4)
-                    result += c_noise * normal_quads(seed, quad, step, _DRAW)
+                    result = tl.fma(c_noise, normal_quads(seed, quad, step, _DRAW), result)
                 else:
-                    result += c_noise * normal_at(seed, channel * pixels + pixel, step, _DRAW)
+                    drawn = normal_at(seed, channel * pixels + pixel, step, _DRAW)
+                    result = tl.fma(c_noise, drawn, result)
 
         tl.store(out + _offset(pixel, channel, pixels, CHANNELS, OUT_NHWC), result, mask)
         if out_low is not None:

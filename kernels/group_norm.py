@@ -28,12 +28,14 @@ import torch.nn.functional as F
 
 from .autograd import backward_through
 from .checks import check_activation, check_not_differentiated, check_output, check_shape, check_vector
-from .launch import launch, use_triton
+from .launch import INTERPRETED, launch, use_triton
 from .nhwc import flat, image_stride, load_pair, per_image, pixels
 from .offsets import offset
 from .optional_triton import tl, triton
 from .statistics import channel_statistics, check_statistics, combine_chunks, launch_statistics, load_statistics
 from .tiles import Tile, apply_tile, cdiv, chunk_tile, next_power_of_2, single_tile
+
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 def group_norm_reference(
@@ -140,7 +142,20 @@ def _affine(weight, bias, scale, shift, image, scale_stride, shift_stride, chann
 
 @triton.jit
 def _silu(y):
-    return y / (1.0 + tl.exp(-y))
+    """y · sigmoid(y) by the approximate power and reciprocal, at most 2 and 1 units off, without care for denormals.
+
+    `tl.exp` and a division keep denormals, which no result can show: the power is added to 1, and beyond 2¹²⁶ the
+    result is below 1e-36. In float16 the apply pass then runs 9.1 instructions an element on sm_100 and 10.1 on sm_90,
+    with them 15.1 and 16.1, counted in its loop.
+    """
+    if _INTERPRETED:
+        return y * (1.0 / (1.0 + tl.exp2(y * -1.4426950408889634)))
+    power = tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [y * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return y * tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
