@@ -83,8 +83,9 @@ def key_of(run: Run) -> dict[str, str]:
 
 
 def _driver() -> str:
-    with suppress(Exception):
-        return str(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009, the stubs lack it
+    """The version of NVIDIA's kernel module, as Linux shows it."""
+    with suppress(OSError, IndexError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     return "unknown"
 
 
