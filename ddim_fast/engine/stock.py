@@ -62,9 +62,11 @@ class Tree:
         if has_global_hooks() != (self.foreign == GLOBAL_HOOKS):
             return False
         try:
-            return all(
-                type(module) is kind and module.__dict__ == kept for module, kind, kept in self.modules
-            ) and all(kind.__dict__ == kept for kind, kept in self.classes)
+            return (
+                all(type(module) is kind and module.__dict__ == kept for module, kind, kept in self.modules)
+                and all(kind.__dict__ == kept for kind, kept in self.classes)
+                and self.looks == looks(self.tensors)
+            )
         # Tensors and arrays that are not the same object do not compare to True or False.
         except (RuntimeError, ValueError, TypeError):
             return False
