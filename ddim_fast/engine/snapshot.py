@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .contents import Contents
 from .stock import Tree
@@ -55,12 +56,13 @@ def traits(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     memory whose contents are looked at.
     """
     try:
-        return [(each.data_ptr(), each._version, each.dtype, each.shape, each.stride()) for each in tensors]
-    # Tensors of inference mode have no counter, and fake ones no address.
+        # Fake tensors have no address.
+        if not any(isinstance(each, FakeTensor) for each in tensors[:1]):
+            return [(each.data_ptr(), each._version, each.dtype, each.shape, each.stride()) for each in tensors]
     except RuntimeError:
-        return [
-            (each.untyped_storage()._cdata, version(each), each.dtype, each.shape, each.stride()) for each in tensors
-        ]
+        # Tensors of inference mode have no counter.
+        pass
+    return [(each.untyped_storage()._cdata, version(each), each.dtype, each.shape, each.stride()) for each in tensors]
 
 
 def version(tensor: Tensor) -> int:

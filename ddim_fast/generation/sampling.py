@@ -68,7 +68,8 @@ class Sampler:
         handed over once the next one is queued, so the device never waits for the host.
         """
         # Whatever relies on the current device finds the pipeline's.
-        with torch.cuda.device(self.pipe.device) if self.cuda else nullcontext():
+        device = torch.cuda.device(self.pipe.device) if self.cuda else nullcontext()
+        with device, getattr(self.pipe, "weights_stay", nullcontext)():
             self._run(chunks, emit)
 
     def _run(self, chunks: Iterable[Chunk], emit: Emit) -> None:
