@@ -68,6 +68,17 @@ class Offload:
                     tensors[name] = self._kept.pop((module, name))  # type: ignore[assignment]
 
 
+def device_of_hooks(unet: torch.nn.Module) -> torch.device | None:
+    """Where the hooks of accelerate run `unet`, whose weights rest elsewhere meanwhile; None without such hooks."""
+    if not hasattr(unet, "_hf_hook"):
+        return None
+    hooks = [getattr(module, "_hf_hook", None) for module in unet.modules()]
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    if not devices:
+        return None
+    return torch.device("cuda", devices[0]) if isinstance(devices[0], int) else torch.device(devices[0])
+
+
 def offload_device(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
     """The accelerator that `enable_*_cpu_offload(gpu_id, device)` names.
 

@@ -21,7 +21,7 @@ from .adopted_scheduler import adopted
 from .adopted_unet import adopt_unet, changed_owner
 from .config import Config
 from .engine import Engine, EngineName, EngineSettings
-from .offload import Offload, offload_device
+from .offload import Offload, device_of_hooks, offload_device
 from .once import log_once
 from .pipeline_loading import load_missing, lookup_of
 from .placement import DeviceMap, Dtype
@@ -338,7 +338,9 @@ class PipelineMethods:
 
     @property
     def _execution_device(self) -> torch.device:
-        return self._network.device if self._offload is None else self._offload.device
+        if self._offload is not None:
+            return self._offload.device
+        return device_of_hooks(self._network) or self._network.device
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the weights on the CPU and move them to the accelerator for the length of a call."""

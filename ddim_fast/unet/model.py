@@ -314,6 +314,12 @@ class UNet2DModel(Configured, nn.Module):
         """Whether any block recomputes its layers in the backward pass."""
         return any(isinstance(m, Block) and m.gradient_checkpointing for m in self.modules())
 
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Accepted for compatibility with training scripts: attention is memory-efficient already."""
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Accepted for compatibility."""
+
     def enable_gradient_checkpointing(self) -> None:
         """Train in less memory: every layer of the blocks runs again in the backward pass. Gradients stay the same."""
         self._set_gradient_checkpointing(True)
