@@ -340,7 +340,7 @@ class PipelineMethods:
     def _execution_device(self) -> torch.device:
         if self._offload is not None:
             return self._offload.device
-        return device_of_hooks(self._network) or self._network.device
+        return device_of_hooks(self.unet) or self._network.device
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the weights on the CPU and move them to the accelerator for the length of a call."""

@@ -244,3 +244,12 @@ def test_a_network_of_other_inputs_is_refused():
         pipe_of(Texts())
     with pytest.raises(TypeError, match="returned a NoneType"):
         draw(pipe_of(Wrapped(ours(), lambda x: None)), latents=torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("make", [ours, theirs])
+def test_a_network_that_accelerate_offloads_runs_where_its_hook_says(make):
+    accelerate = pytest.importorskip("accelerate")
+    expected = draw(pipe_of(make()))
+    unet = make()
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(draw(pipe_of(unet)), expected, atol=1e-4, rtol=1e-4)

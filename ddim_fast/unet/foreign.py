@@ -102,11 +102,8 @@ class ForeignUNet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the module's weights run."""
-        hook = getattr(self.module, "_hf_hook", None)
+        """Where the module's weights are."""
         first = next((each for each in (*self.module.parameters(), *self.module.buffers())), None)
-        if hook is not None and getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
         return torch.device("cpu") if first is None else first.device
 
     @property
