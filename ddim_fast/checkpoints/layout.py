@@ -206,9 +206,10 @@ def _no_weights(place: str, names: Collection[str], variant: str | None, formats
         listed = ", ".join(f"variant={kind!r}" if kind else "the default (no variant)" for kind in usable)
         return f"{place} has no weights for variant={variant!r}; it has: {listed}"
     if usable:
-        return f"{place} has weights only as a variant; pass one of: " + ", ".join(
-            f"variant={kind!r}" for kind in usable
-        )
+        # Scripts that catch this look for diffusers' words.
+        theirs = f"Error no file named {STEM}.bin found in directory {place}"
+        listed = ", ".join(f"variant={kind!r}" for kind in usable)
+        return f"{place} has weights only as a variant; pass one of: {listed} ({theirs})"
     if found:
         others = " and ".join(sorted({f".{extension}" for _, extension in found}))
         return f"{place} has weights only as {others}; pass use_safetensors=None to allow what there is"
