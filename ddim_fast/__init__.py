@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from .pipeline import DDIMPipeline, ImagePipelineOutput
 from .scheduler import DDIMScheduler
 from .unet import UNet2DModel
+from .version import __version__
 
 if TYPE_CHECKING:
     from .generation import generate
 
 __all__ = ["DDIMPipeline", "DDIMScheduler", "ImagePipelineOutput", "UNet2DModel", "__version__", "generate"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

@@ -191,7 +191,9 @@ class Wrapped(nn.Module):
         return self.wrap(self.unet(x, t).sample)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}], ids=["tensor", "tuple", "dict"]
+)
 def test_a_wrapper_of_the_user_s_own_is_called_with_sample_and_timestep(wrap):
     unet = ours()
     pipe = pipe_of(Wrapped(unet, wrap))
@@ -215,7 +217,9 @@ def test_a_module_that_holds_another_as_module_runs_its_own_forward():
     assert not torch.allclose(draw(pipe_of(Half(ours()))), draw(pipe_of(ours())))
 
 
-@pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda unet: torch.compile(unet, backend="eager")])
+@pytest.mark.parametrize(
+    "wrapper", [nn.DataParallel, lambda unet: torch.compile(unet, backend="eager")], ids=["DataParallel", "compile"]
+)
 def test_what_wrappers_of_pytorch_hold_runs(wrapper):
     unet = ours()
     pipe = pipe_of(wrapper(unet))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..version import __version__
 from .loop import Predict, Run, initial_state, predict_plain, time_rows
 
 # Relative L2 between two forwards that round apart. A bfloat16 forward of CIFAR-10's network is 1e-2 off float32
@@ -63,7 +64,6 @@ def bound(dtype: torch.dtype, device: torch.device) -> float:
 
 def key_of(run: Run) -> dict[str, str]:
     """What a verdict depends on: the network's form, the call's shape and dtype, the device and the versions."""
-    from .. import __version__
     from ..kernels import optional_triton
 
     device = run.latents.device

@@ -74,7 +74,7 @@ def linear(
     if native.usable(x) and native.usable(residual):
         out = workspace.fresh(*x.shape[:-1], weight.out_channels, dtype=dtype)
         return _product(x, weight, out, None if bias is None else bias.float(), residual)
-    if not _runs_onednn(x):
+    if not _runs_onednn(x, weight, residual):
         y = F.linear(x, weight.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
         return y if residual is None else y.add_(residual)
     pixels = _pixels(x)
@@ -92,7 +92,7 @@ def add_product(out: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
     """out + x @ weight.T, in place: `out` is dense (..., Cout), x (..., Cin), weight (Cout, Cin)."""
     if native.usable(x, out):
         return _product(x, weight, out, None, out)
-    if not _runs_onednn(x):
+    if not _runs_onednn(x, weight, out):
         out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.weight.T)
         return out
     pixels = _pixels(x)
@@ -110,8 +110,10 @@ def _product(x: Tensor, weight: PackedLinear, out: Tensor, bias: Tensor | None, 
     return out
 
 
-def _runs_onednn(x: Tensor) -> bool:
-    return has_onednn() and x.dtype == torch.float32
+def _runs_onednn(x: Tensor, weight: PackedLinear, other: Tensor | None) -> bool:
+    """Whether oneDNN computes the product: in float32 alone, since it refuses float16 on most processors."""
+    dtypes = {x.dtype, weight.parts[0].dtype, x.dtype if other is None else other.dtype}
+    return has_onednn() and dtypes == {torch.float32}
 
 
 def _pixels(x: Tensor) -> Tensor:
