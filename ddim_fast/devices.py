@@ -42,4 +42,4 @@ def pick_device(name: str) -> torch.device:
     try:
         return usable_device(name)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--device") from None
+        raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from None

@@ -297,7 +297,10 @@ class DDIMScheduler(Configured):
         return entries
 
     def _check_signal(self, entries: list[int]) -> None:
-        """Raise where x₀ cannot be told from the noise: at ᾱ 0, unclipped, the predicted noise gives ±infinity."""
+        """Raise where x₀ cannot be told from the noise: at ᾱ 0 the predicted noise gives ±infinity.
+
+        Clipping makes that ±1; the quantile of infinities that thresholding asks for is NaN.
+        """
         config = self.config
         if config.prediction_type != "epsilon" or not config.rescale_betas_zero_snr:
             return
@@ -309,7 +312,7 @@ class DDIMScheduler(Configured):
             "prediction_type='v_prediction' or 'sample', else rescale_betas_zero_snr=False or "
             "timestep_spacing='leading'"
         )
-        if config.clip_sample or config.thresholding:
+        if config.clip_sample and not config.thresholding:
             log_once(logger, logging.WARNING, f"{advice}; the first step starts from clipped infinities")
         else:
             raise ValueError(advice)

@@ -289,7 +289,7 @@ def test_a_ratio_above_1_is_faster_than_every_peer(seconds):
         (["--batch", ","], "--batch is empty"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--device", "cuda:99"], "--device 'cuda:99' is not there"),
+        (["--device", "cuda:99"], "--device must be one that is there; got 'cuda:99'"),
         (["--json", "/no/such/folder/a.json"], "the folder '/no/such/folder' does not exist"),
         (["--plot", "chart.docx"], "names no format"),
         (["random:imagenet"], "the random models are random:cifar10, random:lsun"),

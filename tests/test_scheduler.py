@@ -55,7 +55,7 @@ def both(config, steps=None):
 def says_nothing(scheduler, timestep):
     """Whether the predicted noise leaves x₀ undefined at `timestep`, which ours refuses: see TestZeroSignal."""
     config = scheduler.config
-    clips = config.clip_sample or config.thresholding
+    clips = config.clip_sample and not config.thresholding
     return config.prediction_type == "epsilon" and scheduler.alphas_cumprod[timestep] == 0 and not clips
 
 
