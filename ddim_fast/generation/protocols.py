@@ -33,8 +33,17 @@ class Scheduler(Protocol):
 class Pipeline(Protocol):
     """What samples a job's images: `DDIMPipeline`, or anything of this shape."""
 
-    engine: EngineName
-    exact: bool
+    @property
+    def engine(self) -> EngineName: ...
+
+    @engine.setter
+    def engine(self, name: EngineName) -> None: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @exact.setter
+    def exact(self, value: bool) -> None: ...
 
     @property
     def unet(self) -> Network: ...

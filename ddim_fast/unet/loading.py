@@ -76,21 +76,33 @@ def _check_size(config: Mapping[str, Any], stored: StoredNetwork) -> None:
             )
 
 
+class _Asked(threading.local):
+    """Whether this thread builds modules without memory."""
+
+    parameters_on_meta = False
+
+
+_asked = _Asked()
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if parameter is None or not _asked.parameters_on_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+# It stays: PyTorch walks over these hooks wherever a module is built, and fails if a thread adds or removes one then.
+nn.modules.module.register_module_parameter_registration_hook(_on_meta)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built in this thread get parameters without memory or initial values; buffers stay real."""
-    owner = threading.get_ident()
-
-    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or threading.get_ident() != owner:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(replace)
+    before, _asked.parameters_on_meta = _asked.parameters_on_meta, True
     try:
         yield
     finally:
-        handle.remove()
+        _asked.parameters_on_meta = before
 
 
 def fill(module: nn.Module, stored: StoredNetwork, dtype: torch.dtype, device: torch.device) -> None:

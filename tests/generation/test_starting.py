@@ -61,10 +61,17 @@ def test_another_algorithm_for_the_convolutions_is_another_job(tmp_path):
         make(tmp_path, "0-9", pipe=exact)
 
 
-@pytest.mark.parametrize(("format", "name"), [("npz", "samples.npz"), ("png", "metadata.jsonl"), ("png", "grid.png")])
-def test_files_of_the_whole_job_that_no_job_wrote_are_not_written_over(tmp_path, format, name):
+@pytest.mark.parametrize(
+    ("format", "name", "reason"),
+    [
+        ("npz", "samples.npz", ", which no job wrote"),
+        ("png", "metadata.jsonl", ", which no job wrote"),
+        ("png", "grid.png", " is no contact sheet of a job, so it is kept"),
+    ],
+)
+def test_files_of_the_whole_job_that_no_job_wrote_are_not_written_over(tmp_path, format, name, reason):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"{name}, which no job wrote"):
+    with pytest.raises(ValueError, match=name + reason):
         make(tmp_path, "0-9", format=format)
     assert tree(tmp_path) == {name: b"mine"}
 
