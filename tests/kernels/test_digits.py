@@ -27,17 +27,17 @@ def count_launches(monkeypatch):
 
 
 def test_the_digits_model_runs_on_the_kernels(device, monkeypatch):
-    """Batch 2, 3 steps, eta 0.5: the fused engine on the kernels against the plain modules on PyTorch."""
+    """Batch 2, 2 steps, eta 0.5: the fused engine on the kernels against the plain modules on PyTorch."""
     pipe = DDIMPipeline.from_pretrained("ddim-fast/digits", device=device)
     pipe.set_progress_bar_config(disable=True)
-    arguments = dict(batch_size=2, num_inference_steps=3, eta=0.5, seeds=[3, 4])
+    arguments = dict(batch_size=2, num_inference_steps=2, eta=0.5, seeds=[3, 4])
     launched = count_launches(monkeypatch)
     pipe.engine = "fused"
     # On a card TF32 would round the two engines' different convolutions differently.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     fused = pipe(**arguments, output_type="uint8").images.astype(int)
     assert launched.keys() == OPERATIONS
-    assert launched["ddim_step"] == 3 and launched["to_uint8"] == 1
+    assert launched["ddim_step"] == 2 and launched["to_uint8"] == 1
     pipe.engine = "plain"
     with launch.interpret_cpu(False):
         plain = pipe(**arguments, output_type="uint8").images.astype(int)
