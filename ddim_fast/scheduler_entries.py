@@ -78,9 +78,9 @@ def check_scheduler_config(config: Any) -> None:
     _check_one_of("previous_timestep", config.get("previous_timestep", "stride"), PREVIOUS_TIMESTEPS)
     check_whole("num_train_timesteps", config.num_train_timesteps, 1, _MOST_TIMESTEPS)
     check_whole("steps_offset", config.steps_offset, -_MOST_TIMESTEPS, _MOST_TIMESTEPS)
-    for name in ("beta_start", "beta_end", "dynamic_thresholding_ratio"):
-        check_number(name, config[name], 0, 1)
-    for name in ("clip_sample_range", "sample_max_value"):
+    check_number("dynamic_thresholding_ratio", config.dynamic_thresholding_ratio, 0, 1)
+    # As diffusers takes them, βs above 1 too.
+    for name in ("beta_start", "beta_end", "clip_sample_range", "sample_max_value"):
         check_number(name, config[name], 0, 1e6)
     for name in ("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"):
         check_flag(name, config[name])

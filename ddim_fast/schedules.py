@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import operator
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import torch
 
 from .respacing import respaced_timesteps
 
+logger = logging.getLogger(__name__)
+
 Timesteps = str | Sequence[int] | np.ndarray | torch.Tensor
 
 
@@ -20,8 +23,9 @@ def make_betas(schedule: str, start: float, end: float, count: int) -> torch.Ten
 
     The cosine schedule (arXiv:2102.09672, equation 17) is fixed by `count` alone.
     """
-    if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise ValueError(f"beta_start and beta_end must lie in 0 to 1, got {start} and {end}")
+    if max(start, end) > 1:
+        # diffusers takes them too.
+        logger.warning("beta_start=%s and beta_end=%s: βs above 1 leave no image; take 0 to 1", start, end)
     if schedule == "linear":
         return torch.linspace(start, end, count, dtype=torch.float32)
     if schedule == "scaled_linear":

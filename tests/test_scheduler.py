@@ -365,7 +365,7 @@ class TestErrors:
             ({"timestep_spacing": "random"}, ValueError, "timestep_spacing.*quad.*'random'"),
             ({"previous_timestep": "t-1"}, ValueError, "previous_timestep.*stride.*'t-1'"),
             ({"beta_schedule": "sigmoid"}, NotImplementedError, "beta_schedule.*scaled_linear.*'sigmoid'"),
-            ({"beta_end": 2.0}, ValueError, "beta_end must be a number from 0 to 1.*2.0"),
+            ({"beta_end": -1.0}, ValueError, "beta_end must be a number from 0 to .*-1.0"),
             ({"beta_start": float("nan")}, ValueError, "beta_start.*nan"),
             ({"trained_betas": []}, ValueError, "trained_betas must be a list of numbers"),
             ({"trained_betas": [[0.1, 0.2]]}, ValueError, "trained_betas must be a list.*1, 2"),

@@ -27,7 +27,7 @@ NO_EFFECT = {
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_non_persistent_buffers_set"),
     *("_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers", "_modules", "training"),
-    *("_config", "_internal_dict", "gradient_checkpointing", "_gradient_checkpointing_func"),
+    *("_config", "_internal_dict", "gradient_checkpointing", "recomputes", "_gradient_checkpointing_func"),
 }
 # What the network notes of its config and nothing reads.
 NOTES = {"sample_size"}

@@ -50,15 +50,18 @@ class BlockOptions:
 
 
 class Block(nn.Module):
-    """Base of all blocks. With `gradient_checkpointing`, layers keep their input only and run again in backward."""
+    """Base of all blocks. With `recomputes`, layers keep their input only and run again in backward.
 
-    gradient_checkpointing = False
+    Other code knows it as `gradient_checkpointing`, which in diffusers all blocks have but the skip blocks.
+    """
+
+    recomputes = False
     attentions: nn.ModuleList | None
     resnets: nn.ModuleList
 
     def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
         """`layer(*inputs)`, checkpointed where this block says so."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if (self.recomputes or getattr(self, "gradient_checkpointing", False)) and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
@@ -72,6 +75,8 @@ class DownBlock2D(Block):
 
     Called with (N, in_channels, H, W) and the time embedding; gives the last output and all outputs, for the skips.
     """
+
+    gradient_checkpointing = False
 
     has_attention = False
     resample_type: str | None = "conv"
@@ -144,6 +149,8 @@ class UpBlock2D(Block):
     and the time embedding. `in_channels` is the width of the level above, whose output is the first skip connection.
     """
 
+    gradient_checkpointing = False
+
     has_attention = False
     resample_type: str | None = "conv"
 
@@ -202,6 +209,8 @@ class UNetMidBlock2D(Block):
 
     `attention_groups` is `attn_norm_num_groups`: by default that norm exists only where the time embedding is added.
     """
+
+    gradient_checkpointing = False
 
     attentions: nn.ModuleList
 

@@ -98,6 +98,8 @@ class KDownBlock2D(Block):
     Its outputs for the skip connections are those of the residual blocks; that of the halving is not among them.
     """
 
+    gradient_checkpointing = False
+
     has_attention = False
 
     def __init__(
@@ -145,6 +147,8 @@ class KUpBlock2D(Block):
     Called with (N, out_channels, H, W), the level's skip connections (only the last is read, and may be `None`) and
     the time embedding; gives (N, in_channels, 2H, 2W).
     """
+
+    gradient_checkpointing = False
 
     has_attention = False
 

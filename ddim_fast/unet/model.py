@@ -312,7 +312,9 @@ class UNet2DModel(Configured, nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether any block recomputes its layers in the backward pass."""
-        return any(isinstance(m, Block) and m.gradient_checkpointing for m in self.modules())
+        return any(
+            m.recomputes or getattr(m, "gradient_checkpointing", False) for m in self.modules() if isinstance(m, Block)
+        )
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Accepted for compatibility with training scripts: attention is memory-efficient already."""
@@ -331,7 +333,9 @@ class UNet2DModel(Configured, nn.Module):
     def _set_gradient_checkpointing(self, value: bool) -> None:
         for module in self.modules():
             if isinstance(module, Block):
-                module.gradient_checkpointing = value
+                module.recomputes = value
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = value
 
     @classmethod
     def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
