@@ -335,7 +335,7 @@ class UNet2DModel(Configured, nn.Module):
             if isinstance(module, Block):
                 module.recomputes = value
                 if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = value
+                    setattr(module, "gradient_checkpointing", value)  # noqa: B010, the skip blocks lack it
 
     @classmethod
     def _translate(cls, entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
