@@ -177,9 +177,12 @@ def test_mypy_finds_every_wrong_use(installed, mypy, tmp_path):
 
 # What the README's snippets take from their reader.
 READER = """
+from typing import Any
+
 from torch import nn
 
 their_unet: nn.Module
+their_scheduler_class: Any
 their_scheduler: object
 """
 
